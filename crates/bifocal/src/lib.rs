@@ -1,0 +1,54 @@
+//! Near vision (a sliding window) and far vision (the whole context) in one lens, chosen token by token.
+//!
+//! Each system is a short composition of parts that know nothing of each other:
+//!
+//! ```text
+//! hidden states -> Router -> scores, routes -> Plan (lists of rows, work items)
+//!                                                |
+//! query, key, value ----------> attention operators -> Partial (out + log-sum-exp) -> merged output
+//! ```
+//!
+//! | system | router | branches | combination |
+//! |---|---|---|---|
+//! | [`Aha`] | [`LinearGate::aha`], token x head | [`Windowed`], [`Full`] | each row is exactly one branch |
+//! | [`MultiWindow`] | [`LinearChoice`], token x head | several [`Windowed`], [`Full`] | likewise |
+//! | [`L2a`] | [`LinearGate::l2a`], token | [`Windowed`]; then [`Full`] on its own projections | in series |
+//!
+//! ```
+//! use bifocal::{Aha, Element, FixedRouter, Inputs, Router, Tensor, Window};
+//!
+//! let client = bifocal::open("cpu")?;
+//! let qkv = Tensor::filled(&client, [1, 2, 100, 64], Element::F32, 0.5)?;
+//! let hidden = Tensor::filled(&client, [1, 100, 32], Element::F32, 0.0)?;
+//! let inputs = Inputs::new(qkv.view(), qkv.view(), qkv.view());
+//! // The first head looks near, the second far; a LinearGate learns it instead.
+//! let decision = FixedRouter::new(vec![0, 1], 2)?.route(&client, hidden.view())?;
+//! let aha = Aha::new(Window::aha(16)?);
+//! let partial = aha.attend(&client, &inputs.problem()?, &inputs, &decision.routes)?;
+//! assert_eq!(partial.out.to_f32(&client)?.len(), 2 * 100 * 64);
+//! # Ok::<(), bifocal::Error>(())
+//! ```
+
+mod aha;
+mod l2a;
+mod multi_window;
+mod select;
+
+pub use aha::Aha;
+pub use l2a::L2a;
+pub use multi_window::MultiWindow;
+pub use select::{attend_selected, plan};
+
+pub use bifocal_core::{
+    DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
+    device::{
+        AttentionOperator, Decision, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows, Router,
+        Routes, Rows, Tensor, TensorView, open, synchronise,
+    },
+};
+pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, mask, merge, mix, select};
+pub use bifocal_full::{Far, Full};
+pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Threshold};
+pub use bifocal_windowed::Windowed;
+
+pub use cubecl;

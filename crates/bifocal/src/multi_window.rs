@@ -1,0 +1,68 @@
+use bifocal_core::{
+    Error, Problem, Result, Window,
+    device::{AttentionOperator, Inputs, Partial, Routes},
+};
+use bifocal_full::Full;
+use bifocal_windowed::Windowed;
+use cubecl::client::Client;
+
+use crate::attend_selected;
+
+/// AHA with several windows to choose from: reach k is the k-th window, the last reach full attention. (The
+/// question that arXiv 2512.22562 leaves open.)
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct MultiWindow {
+    branches: Vec<Windowed>,
+}
+
+impl MultiWindow {
+    /// One reach per window, nearest first, and full attention after them.
+    ///
+    /// # Errors
+    /// [`Error::Option`] without windows or unless each is longer than the one before.
+    pub fn new(windows: &[Window]) -> Result<Self> {
+        if windows.is_empty() || !windows.is_sorted_by(|a, b| a < b) {
+            let found: Vec<u32> = windows.iter().map(|window| window.keys()).collect();
+            return Err(Error::option("windows", format!("{found:?}"), "at least one, ascending"));
+        }
+        Ok(Self { branches: windows.iter().copied().map(Windowed::new).collect() })
+    }
+
+    /// How many reaches a router has to choose from: the windows and full attention.
+    pub fn reaches(&self) -> usize {
+        self.branches.len() + 1
+    }
+
+    /// Attends by routes `[B, R, T]` of [`reaches`](Self::reaches) reaches, into a new partial of the inputs' type.
+    ///
+    /// # Errors
+    /// As [`attend_selected`].
+    pub fn attend(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        routes: &Routes,
+    ) -> Result<Partial> {
+        let partial = Partial::empty(client, problem, problem.element);
+        self.attend_into(client, problem, inputs, routes, &partial)?;
+        Ok(partial)
+    }
+
+    /// Attends into `partial`, every row of which is written.
+    ///
+    /// # Errors
+    /// As [`attend_selected`].
+    pub fn attend_into(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        routes: &Routes,
+        partial: &Partial,
+    ) -> Result<()> {
+        let windows = self.branches.iter().map(|window| window as &dyn AttentionOperator);
+        let branches: Vec<&dyn AttentionOperator> = windows.chain([&Full as _]).collect();
+        attend_selected(client, problem, inputs, routes, &branches, partial)
+    }
+}

@@ -1,0 +1,23 @@
+//! Modules: the projections, norms, positions and routers around the tensor functions.
+
+mod aha;
+mod l2a;
+mod multi_window;
+mod parts;
+
+pub use aha::{AhaAttention, AhaAttentionConfig};
+pub use l2a::{L2aAttention, L2aAttentionConfig};
+pub use multi_window::{MultiWindowAttention, MultiWindowAttentionConfig};
+pub use parts::{Projections, RopeConfig};
+
+use crate::Routing;
+use burn::tensor::Tensor;
+
+/// What a module's forward pass gives.
+#[derive(Clone, Debug)]
+pub struct AttentionOutput {
+    /// `[B, T, M]`, like the hidden states that went in.
+    pub output: Tensor<3>,
+    /// What the router decided, for shares and regularisers.
+    pub routing: Routing,
+}

@@ -1,0 +1,120 @@
+//! `bifocal check`: the property suite on one device.
+
+use std::{path::PathBuf, time::Instant};
+
+use anyhow::{Result, bail};
+use bifocal_testing::{Device, Effort, Property, properties};
+use clap::Args;
+use serde::Serialize;
+
+use crate::{DeviceName, output};
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The device to check.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceName,
+    /// Random cases per property.
+    #[arg(long, default_value_t = 32, value_parser = clap::value_parser!(u32).range(1..))]
+    cases: u32,
+    /// Where the random cases start.
+    #[arg(long, default_value_t = 2026)]
+    seed: u64,
+    /// Check this property alone; may be given several times.
+    #[arg(long, value_name = "PROPERTY")]
+    only: Vec<String>,
+    /// List the properties and stop.
+    #[arg(long)]
+    list: bool,
+    /// Write the results as JSON to this file (`-` for standard output).
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: &'static str,
+    name: String,
+    elements: Vec<String>,
+    cases: u32,
+    seed: u64,
+    results: Vec<Outcome>,
+}
+
+#[derive(Serialize)]
+struct Outcome {
+    property: &'static str,
+    claim: &'static str,
+    seconds: f64,
+    /// The case that refutes the property, if any.
+    refutation: Option<String>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    if options.list {
+        for property in properties() {
+            println!("{:36} {}", property.name, property.claim);
+        }
+        return Ok(());
+    }
+    if let Some(unknown) = options.only.iter().find(|name| bifocal_testing::property(name).is_none()) {
+        bail!("no property is named {unknown}; `bifocal check --list` shows them");
+    }
+    let chosen: Vec<&Property> = properties()
+        .filter(|property| options.only.is_empty() || options.only.iter().any(|name| name == property.name))
+        .collect();
+    let device = Device::open(options.device.as_str())?;
+    let bar = output::progress(chosen.len());
+    let effort = Effort { cases: options.cases, seed: options.seed };
+    let mut results = Vec::new();
+    for property in chosen {
+        bar.set_message(property.name);
+        let start = Instant::now();
+        let refutation = property.check(&device, effort).err();
+        let seconds = start.elapsed().as_secs_f64();
+        results.push(Outcome { property: property.name, claim: property.claim, seconds, refutation });
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let report = Report {
+        device: options.device.as_str(),
+        name: device.profile().name.clone(),
+        elements: device.profile().elements.iter().map(ToString::to_string).collect(),
+        cases: options.cases,
+        seed: options.seed,
+        results,
+    };
+    if let Some(path) = &options.json {
+        output::write_json(path, &report)?;
+    }
+    if options.json.as_deref() != Some(std::path::Path::new("-")) {
+        print(&report);
+    }
+    let refuted = report.results.iter().filter(|outcome| outcome.refutation.is_some()).count();
+    match refuted {
+        0 => Ok(()),
+        n => bail!("{n} of {} properties do not hold on {}", report.results.len(), report.device),
+    }
+}
+
+fn print(report: &Report) {
+    println!(
+        "{} ({}), {}, {} cases per property, seed {}",
+        report.device,
+        report.name,
+        report.elements.join(" "),
+        report.cases,
+        report.seed
+    );
+    let mut table = output::table(["property", "holds", "seconds"]);
+    for outcome in &report.results {
+        let holds = if outcome.refutation.is_none() { "yes" } else { "NO" };
+        table.add_row([outcome.property.to_string(), holds.to_string(), format!("{:.1}", outcome.seconds)]);
+    }
+    println!("{table}");
+    for outcome in &report.results {
+        if let Some(refutation) = &outcome.refutation {
+            println!("\n{}: {}\n{refutation}", outcome.property, outcome.claim);
+        }
+    }
+}

@@ -1,0 +1,76 @@
+//! `bifocal`: doctor, demo, check, bench.
+
+mod bench;
+mod check;
+mod demo;
+mod doctor;
+mod output;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// Near vision and far vision in one lens: routed attention on any device.
+#[derive(Parser)]
+#[command(version, about, propagate_version = true, max_term_width = 110)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Show runtimes, devices, and what each routine can run there and why not.
+    Doctor(doctor::Options),
+    /// Run a small decoder with AHA layers over real text and check it against the oracle.
+    Demo(demo::Options),
+    /// Check every property of the operators on a device.
+    Check(check::Options),
+    /// Time the operators at chosen shapes.
+    Bench(bench::Options),
+}
+
+/// Where kernels run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum DeviceName {
+    /// The embedded CPU runtime: every core, no driver.
+    Cpu,
+    /// The first WebGPU device (Vulkan, Metal or Direct3D).
+    Wgpu,
+    /// The first NVIDIA GPU.
+    Cuda,
+}
+
+impl DeviceName {
+    const ALL: [DeviceName; 3] = [DeviceName::Cpu, DeviceName::Wgpu, DeviceName::Cuda];
+
+    fn as_str(self) -> &'static str {
+        match self {
+            DeviceName::Cpu => "cpu",
+            DeviceName::Wgpu => "wgpu",
+            DeviceName::Cuda => "cuda",
+        }
+    }
+}
+
+fn main() -> ExitCode {
+    tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_writer(std::io::stderr)
+        .init();
+    output::quiet_driver_panics();
+    let done = match Cli::parse().command {
+        Command::Doctor(options) => doctor::run(&options),
+        Command::Demo(options) => demo::run(&options),
+        Command::Check(options) => check::run(&options),
+        Command::Bench(options) => bench::run(&options),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            // One line: the whole chain of causes.
+            eprintln!("bifocal: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,176 @@
+use core::fmt::Display;
+
+use crate::{Element, Refusals};
+
+/// What every fallible call of Bifocal returns.
+pub type Result<T, E = Error> = core::result::Result<T, E>;
+
+/// Why a call was refused. Messages say what was expected and what was found.
+#[derive(Clone, Debug, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A tensor's shape does not fit the others.
+    #[error("{tensor} has shape {found:?}, expected {expected}")]
+    Shape {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The shape it should have, in words or numbers.
+        expected: String,
+        /// The shape it has.
+        found: Vec<usize>,
+    },
+    /// A tensor's elements are of another type than the others'.
+    #[error("{tensor} holds {found}, expected {expected}")]
+    Element {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The type it should have.
+        expected: Element,
+        /// The type it has.
+        found: Element,
+    },
+    /// The last dimension of a tensor is not contiguous.
+    #[error("the last dimension of {tensor} has stride {found}, expected 1: make it contiguous first")]
+    Stride {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The stride found, in elements.
+        found: usize,
+    },
+    /// A tensor that has to be contiguous is not.
+    #[error("{tensor} has strides {found:?}, expected the contiguous {expected:?}")]
+    NotContiguous {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The strides of a contiguous tensor of this shape, in elements.
+        expected: Vec<usize>,
+        /// The strides found.
+        found: Vec<usize>,
+    },
+    /// Rows of a tensor that is written share memory.
+    #[error("{tensor} of shape {shape:?} has strides {found:?}: its rows share memory")]
+    Overlap {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Its shape.
+        shape: Vec<usize>,
+        /// Its strides, in elements.
+        found: Vec<usize>,
+    },
+    /// Shape and strides reach beyond the memory that a tensor has.
+    #[error("{tensor} needs {expected} bytes of device memory, its buffer has {found}")]
+    Buffer {
+        /// Which tensor.
+        tensor: &'static str,
+        /// Bytes that shape and strides reach.
+        expected: u64,
+        /// Bytes there.
+        found: u64,
+    },
+    /// A tensor lives on another device than the one asked to compute.
+    #[error("{tensor} lives on {found}, expected the memory of {expected}")]
+    DeviceMismatch {
+        /// Which tensor.
+        tensor: &'static str,
+        /// The device asked to compute.
+        expected: String,
+        /// The device that holds the tensor.
+        found: String,
+    },
+    /// The device asked for is not there, or the build leaves its runtime out.
+    #[error("no {device} device: {reason}")]
+    DeviceUnavailable {
+        /// `cpu`, `wgpu` or `cuda`.
+        device: String,
+        /// What the runtime says.
+        reason: String,
+    },
+    /// A dimension is zero.
+    #[error("{dimension} is 0, expected at least 1")]
+    EmptyDimension {
+        /// Which dimension.
+        dimension: &'static str,
+    },
+    /// Query heads are not a whole multiple of kv heads.
+    #[error("{heads} query heads cannot share {kv_heads} kv heads: expected a whole multiple")]
+    HeadRatio {
+        /// Query heads.
+        heads: usize,
+        /// Key and value heads.
+        kv_heads: usize,
+    },
+    /// A window of zero keys.
+    #[error("a window has 0 keys, expected at least 1 (the query's own)")]
+    EmptyWindow,
+    /// A route names a reach that is not there.
+    #[error("route {found} of batch {batch}, head {head}, token {token} is out of range, expected 0..{reaches}")]
+    RouteOutOfRange {
+        /// The route.
+        found: u8,
+        /// How many reaches there are.
+        reaches: usize,
+        /// Where: the sequence.
+        batch: usize,
+        /// Where: the router head.
+        head: usize,
+        /// Where: the token.
+        token: usize,
+    },
+    /// Scores that are NaN cannot be routed.
+    #[error("{count} of {total} routes are invalid: their scores are NaN")]
+    InvalidScores {
+        /// Token-heads without a valid route.
+        count: usize,
+        /// All token-heads.
+        total: usize,
+    },
+    /// An option has a value that makes no sense.
+    #[error("{option} is {found}, expected {expected}")]
+    Option {
+        /// Which option.
+        option: &'static str,
+        /// Its value.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
+    /// A size is beyond what indices can address.
+    #[error("{size} {what}, expected at most {limit}")]
+    TooLarge {
+        /// What is counted.
+        what: &'static str,
+        /// How many.
+        size: u128,
+        /// How many are possible.
+        limit: u128,
+    },
+    /// No routine of an operator can run the problem on the device.
+    #[error("no routine of {operator} can run this problem here: {refusals}")]
+    Refused {
+        /// Which operator.
+        operator: &'static str,
+        /// What each routine says.
+        refusals: Refusals,
+    },
+    /// Gradients were asked for where there are none yet.
+    #[error("{operation} has no backward pass yet: call it on tensors without autodiff (`Tensor::inner`)")]
+    NoBackward {
+        /// Which operation.
+        operation: &'static str,
+    },
+    /// The runtime failed to compile, launch or read.
+    #[error("the runtime failed: {0}")]
+    Runtime(String),
+}
+
+impl Error {
+    /// An [`Error::Option`].
+    pub fn option(option: &'static str, found: impl Display, expected: impl Into<String>) -> Self {
+        Self::Option { option, found: found.to_string(), expected: expected.into() }
+    }
+
+    /// An [`Error::Shape`].
+    pub fn shape(tensor: &'static str, expected: impl Into<String>, found: &[usize]) -> Self {
+        Self::Shape { tensor, expected: expected.into(), found: found.to_vec() }
+    }
+}

@@ -1,0 +1,74 @@
+//! Far vision: attention over the whole causal past, or over the part of it that a window does not see.
+
+use bifocal_core::{
+    DeviceProfile, Problem, Reach, Refusal, Result, Routine, Window,
+    device::{AttentionOperator, Inputs, Partial, Rows},
+};
+use cubecl::client::Client;
+
+/// Softmax attention over every key up to the query's own.
+///
+/// `out_i = sum_j softmax_j(scale q_i . k_j) v_j` over `j <= i` (Vaswani et al., arXiv 1706.03762, section 3.2.1,
+/// with a causal mask). The branch that AHA and L2A route tokens to.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Full;
+
+/// Softmax attention over the keys that a window, and sink tokens beside it, leave out: `sinks <= j <= i - n`.
+///
+/// Merged with the window's partial by log-sum-exp it is full attention (QAdA's far branch, arXiv 2502.09647).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Far {
+    window: Window,
+    sinks: u32,
+}
+
+impl Far {
+    /// Everything beyond `window`.
+    pub const fn beyond(window: Window) -> Self {
+        Self { window, sinks: 0 }
+    }
+
+    /// Leaves out the first `sinks` tokens too, which the near branch sees.
+    pub const fn with_sinks(self, sinks: u32) -> Self {
+        Self { sinks, ..self }
+    }
+}
+
+/// Both operators differ in their name and reach alone.
+macro_rules! operator {
+    ($operator:ty, $name:literal, |$this:ident| $reach:expr) => {
+        impl AttentionOperator for $operator {
+            fn name(&self) -> &'static str {
+                $name
+            }
+
+            fn reach(&self) -> Reach {
+                let $this = self;
+                $reach
+            }
+
+            fn supports(
+                &self,
+                routine: Routine,
+                problem: &Problem,
+                profile: &DeviceProfile,
+            ) -> Result<(), Refusal> {
+                bifocal_tile::supports(routine, problem, profile)
+            }
+
+            fn attend(
+                &self,
+                client: &Client,
+                problem: &Problem,
+                inputs: &Inputs<'_>,
+                rows: Rows<'_>,
+                partial: &Partial,
+            ) -> Result<Routine> {
+                bifocal_tile::attend(self.name(), client, problem, inputs, self.reach(), rows, partial)
+            }
+        }
+    };
+}
+
+operator!(Full, "full", |_this| Reach::All);
+operator!(Far, "far", |this| Reach::Far { sinks: this.sinks, window: this.window });

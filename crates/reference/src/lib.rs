@@ -1,0 +1,51 @@
+//! The yardstick: what every kernel of Bifocal is tested against.
+//!
+//! Everything here is a plain loop that reads like the formula in the paper it comes from. It is generic over
+//! [`num_traits::Float`] and meant to be run in f64; nothing is fused, blocked, reordered or fast. A kernel
+//! is right when it agrees with this crate within the rounding of its own precision.
+//!
+//! One file per topic, along the data's way: [`linear`] and [`SigmoidGate`] or [`softmax_choice`] turn hidden
+//! states into routes, [`lists`] turns routes into a dispatch plan, [`attention`] computes what each reach
+//! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
+//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together.
+//!
+//! ```
+//! use bifocal_core::{Reach, Window};
+//! use bifocal_reference::{Array, Options, attention};
+//!
+//! let q = Array::from_fn([1, 1, 2, 1], |_| 1.0_f64);
+//! let k = Array::new([1, 1, 2, 1], vec![0.0, 3.0_f64.ln()]);
+//! let v = Array::new([1, 1, 2, 1], vec![10.0, 20.0]);
+//! let all = attention(&q, &k, &v, Reach::All, &Options::new(1));
+//! assert!((all.out[[0, 0, 1, 0]] - 17.5).abs() < 1e-12); // (1 * 10 + 3 * 20) / 4
+//! assert!((all.lse[[0, 0, 1]] - 4.0_f64.ln()).abs() < 1e-12);
+//!
+//! let here = attention(&q, &k, &v, Reach::Window(Window::new(1)?), &Options::new(1));
+//! assert_eq!(here.out[[0, 0, 1, 0]], 20.0);
+//! # Ok::<(), bifocal_core::Error>(())
+//! ```
+//!
+//! Shapes: B sequences, H query heads, Hk kv heads, T tokens (Tq queries, Tk keys), D head dim, Dv value dim,
+//! M hidden dim, R router heads, K choices. This is an oracle for tests, so wrong shapes panic with a
+//! message.
+
+mod array;
+mod attention;
+mod combine;
+mod layers;
+mod norm;
+mod plan;
+mod rope;
+mod router;
+
+#[cfg(test)]
+mod samples;
+
+pub use array::Array;
+pub use attention::{Options, Partial, attention, attention_where};
+pub use combine::{mask, merge, mix, select};
+pub use layers::{AhaLayer, L2aLayer, LayerOutput, MultiWindowLayer, Projections, QkNorm};
+pub use norm::rms_norm;
+pub use plan::{INVALID_ROW, Plan, lists};
+pub use rope::rope;
+pub use router::{INVALID_ROUTE, SigmoidGate, linear, linear_choice, softmax_choice};

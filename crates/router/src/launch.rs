@@ -1,0 +1,48 @@
+//! What both kernels of this crate share: their grid, their counters and their buffers.
+
+use bifocal_core::{
+    DeviceProfile, Error, Refusal, Refusals, Result, Routine,
+    device::{RouteGeometry, Routes},
+};
+use cubecl::{
+    client::Client,
+    prelude::{BufferArg, CubeCount, CubeDim},
+    server::Handle,
+};
+
+/// Checks that the device can count routes, and returns cubes and units for one unit per four tokens of a router
+/// head: four, because routes are bytes that are written as words.
+pub(crate) fn over_quads(
+    client: &Client,
+    router: &'static str,
+    geometry: RouteGeometry,
+) -> Result<(CubeCount, CubeDim)> {
+    let profile = DeviceProfile::of(client);
+    if !profile.atomic_add {
+        let refusals = Refusals(vec![(Routine::Portable, Refusal::Atomics)]);
+        return Err(Error::Refused { operator: router, refusals });
+    }
+    let quads = geometry.bytes() / 4;
+    let limit = u128::from(u32::MAX);
+    let size = geometry.len() as u128 * geometry.reaches as u128;
+    if size > limit {
+        return Err(Error::TooLarge { what: "scores of a router", size, limit });
+    }
+    let units = profile.cpu_cores.unwrap_or(64).min(profile.max_units_per_cube);
+    let cubes = quads.div_ceil(units as usize);
+    let rows = cubes.div_ceil(65_535);
+    Ok((CubeCount::Static(cubes.div_ceil(rows) as u32, rows as u32, 1), CubeDim::new_1d(units)))
+}
+
+/// Room for routes, and counters that start at zero.
+pub(crate) fn outputs(client: &Client, geometry: RouteGeometry) -> Result<(Routes, Handle)> {
+    let routes = Routes::from_device(client, geometry, client.empty(geometry.bytes()))?;
+    let counters = geometry.batch * geometry.heads * (geometry.reaches + 1);
+    Ok((routes, client.create_from_slice(&vec![0; counters * 4])))
+}
+
+/// A buffer of 32-bit words.
+pub(crate) fn words(handle: &Handle) -> BufferArg {
+    // SAFETY: the length is the buffer's own.
+    unsafe { BufferArg::from_raw_parts(handle.clone(), handle.size_in_used() as usize / 4) }
+}

@@ -1,0 +1,12 @@
+//! Routers: for every token and router head, near or far.
+//!
+//! [`LinearGate`] and [`LinearChoice`] learn it (AHA, L2A, multi-window AHA); [`FixedRouter`] and
+//! [`RandomRouter`] are controls and static hybrids. Scores, routes and counts come out of one launch, and
+//! nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
+
+mod assigned;
+mod launch;
+mod linear;
+
+pub use assigned::{FixedRouter, RandomRouter};
+pub use linear::{LinearChoice, LinearGate, Threshold};

@@ -1,0 +1,142 @@
+//! What is drawn: the shapes that hurt, reaches, routes.
+
+use bifocal::{DeviceProfile, Element, Problem, Reach, Window};
+use proptest::{prelude::*, sample::select};
+
+/// An attention problem with a seed for its data.
+#[derive(Clone, Debug)]
+pub(crate) struct Case {
+    pub(crate) batch: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) group: usize,
+    pub(crate) query_len: usize,
+    pub(crate) key_len: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) element: Element,
+    /// Whether outputs are f32 whatever the inputs.
+    pub(crate) out_f32: bool,
+    pub(crate) softcap: bool,
+    pub(crate) sink_logits: bool,
+    /// Standard deviation of queries: large ones make softmax nearly one-hot.
+    pub(crate) magnitude: f32,
+    pub(crate) seed: u64,
+}
+
+impl Case {
+    pub(crate) fn heads(&self) -> usize {
+        self.kv_heads * self.group
+    }
+
+    pub(crate) fn problem(&self) -> Problem {
+        let query = [self.batch, self.heads(), self.query_len, self.head_dim];
+        let key = [self.batch, self.kv_heads, self.key_len, self.head_dim];
+        let problem = Problem::new(query, key, self.element)
+            .and_then(|problem| problem.with_value_dim(self.value_dim))
+            .expect("drawn shapes are possible");
+        if self.softcap { problem.with_softcap(3.0).expect("3 is a softcap") } else { problem }
+    }
+
+    pub(crate) fn out_element(&self) -> Element {
+        if self.out_f32 { Element::F32 } else { self.element }
+    }
+}
+
+/// Cases of the sizes that hurt: length 1, lengths around multiples of tiles and chunks, more queries than keys and
+/// the reverse, every ratio of heads, head dims that are no power of two.
+pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + use<> {
+    let lengths = prop_oneof![Just(1usize), 2..20usize, 30..36usize, 60..100usize];
+    let dims = select(vec![32usize, 64, 64, 80, 96, 128, 256, 33]);
+    let elements = select(profile.elements.clone());
+    let shape = (1..3usize, 1..4usize, 1..5usize, lengths.clone(), lengths, 0..4u8);
+    let numbers = (dims, any::<bool>(), elements, any::<bool>());
+    let options = (0..4u8, 0..4u8, select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]), any::<u64>());
+    (shape, numbers, options).prop_map(|(shape, numbers, options)| {
+        let (batch, kv_heads, group, query_len, other_len, lengths) = shape;
+        let (head_dim, same_dim, element, out_f32) = numbers;
+        let (softcap, sink_logits, magnitude, seed) = options;
+        // Mostly self-attention; sometimes a longer or a shorter past.
+        let key_len = match lengths {
+            0 => query_len + other_len,
+            1 => other_len,
+            _ => query_len,
+        };
+        Case {
+            batch,
+            kv_heads,
+            group,
+            query_len,
+            key_len,
+            head_dim,
+            value_dim: if same_dim { head_dim } else { 64 },
+            element,
+            out_f32,
+            softcap: softcap == 0,
+            sink_logits: sink_logits == 0,
+            magnitude,
+            seed,
+        }
+    })
+}
+
+/// Windows from one key to more than there are.
+pub(crate) fn windows() -> impl Strategy<Value = Window> {
+    prop_oneof![Just(1usize), 2..8usize, 8..40usize, 90..110usize, Just(4096)]
+        .prop_map(|n| Window::new(n).expect("at least one key"))
+}
+
+/// Every kind of reach.
+pub(crate) fn reaches() -> impl Strategy<Value = Reach> {
+    let sinks = prop_oneof![Just(0u32), 1..6u32, 20..120u32];
+    prop_oneof![
+        3 => windows().prop_map(Reach::Window),
+        2 => (sinks.clone(), windows()).prop_map(|(sinks, window)| Reach::SinksAndWindow { sinks, window }),
+        2 => (sinks, windows()).prop_map(|(sinks, window)| Reach::Far { sinks, window }),
+        1 => Just(Reach::All),
+    ]
+}
+
+/// Which heads a router has.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum RouterHeads {
+    Token,
+    KvHead,
+    Head,
+}
+
+impl RouterHeads {
+    pub(crate) fn count(self, case: &Case) -> usize {
+        match self {
+            RouterHeads::Token => 1,
+            RouterHeads::KvHead => case.kv_heads,
+            RouterHeads::Head => case.heads(),
+        }
+    }
+}
+
+/// How routes are spread: all near, all far, one far, or a share of them.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Spread {
+    AllNear,
+    AllFar,
+    OneFar,
+    Share(f64),
+}
+
+/// A router's geometry and how it decides.
+#[derive(Clone, Debug)]
+pub(crate) struct Routing {
+    pub(crate) heads: RouterHeads,
+    pub(crate) spread: Spread,
+}
+
+pub(crate) fn routings() -> impl Strategy<Value = Routing> {
+    let heads = select(vec![RouterHeads::Token, RouterHeads::KvHead, RouterHeads::Head]);
+    let spread = prop_oneof![
+        1 => Just(Spread::AllNear),
+        1 => Just(Spread::AllFar),
+        1 => Just(Spread::OneFar),
+        5 => (0.02..0.98f64).prop_map(Spread::Share),
+    ];
+    (heads, spread).prop_map(|(heads, spread)| Routing { heads, spread })
+}

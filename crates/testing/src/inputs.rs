@@ -1,0 +1,159 @@
+//! Data for a case: on the device, and the same rounded numbers for the oracle.
+
+use bifocal::cubecl::client::Client;
+use bifocal::{Element, Inputs, Reach, RouteGeometry, Routes, Tensor};
+use bifocal_reference::{Array, Options, Partial};
+use half::{bf16, f16};
+use rand::{Rng, SeedableRng, rngs::SmallRng};
+
+use crate::case::{Case, Routing, Spread};
+
+/// Rounds to an element type, as the device does.
+pub(crate) fn round(element: Element, x: f32) -> f32 {
+    match element {
+        Element::F16 => f16::from_f32(x).to_f32(),
+        Element::Bf16 => bf16::from_f32(x).to_f32(),
+        _ => x,
+    }
+}
+
+/// Query, key, value and sink logits of a case, as numbers and as tensors.
+pub(crate) struct Data {
+    pub(crate) query: Vec<f32>,
+    pub(crate) key: Vec<f32>,
+    pub(crate) value: Vec<f32>,
+    pub(crate) sinks: Option<Vec<f32>>,
+    case: Case,
+}
+
+impl Data {
+    pub(crate) fn new(case: &Case) -> Self {
+        let mut rng = SmallRng::seed_from_u64(case.seed);
+        let mut draw = |n: usize, magnitude: f32| -> Vec<f32> {
+            (0..n)
+                .map(|_| round(case.element, rng.random_range(-1.7f32..1.7) * magnitude))
+                .collect()
+        };
+        let keys = case.batch * case.kv_heads * case.key_len;
+        Self {
+            query: draw(case.batch * case.heads() * case.query_len * case.head_dim, case.magnitude),
+            key: draw(keys * case.head_dim, 1.0),
+            value: draw(keys * case.value_dim, 1.0),
+            sinks: case.sink_logits.then(|| draw(case.heads(), 2.0)),
+            case: case.clone(),
+        }
+    }
+
+    pub(crate) fn query_shape(&self) -> [usize; 4] {
+        let case = &self.case;
+        [case.batch, case.heads(), case.query_len, case.head_dim]
+    }
+
+    pub(crate) fn key_shape(&self) -> [usize; 4] {
+        let case = &self.case;
+        [case.batch, case.kv_heads, case.key_len, case.head_dim]
+    }
+
+    pub(crate) fn value_shape(&self) -> [usize; 4] {
+        let case = &self.case;
+        [case.batch, case.kv_heads, case.key_len, case.value_dim]
+    }
+
+    pub(crate) fn upload(&self, client: &Client) -> bifocal::Result<OnDevice> {
+        let element = self.case.element;
+        Ok(OnDevice {
+            query: Tensor::from_f32(client, self.query_shape(), element, &self.query)?,
+            key: Tensor::from_f32(client, self.key_shape(), element, &self.key)?,
+            value: Tensor::from_f32(client, self.value_shape(), element, &self.value)?,
+            sinks: match &self.sinks {
+                Some(sinks) => Some(Tensor::from_f32(client, [sinks.len()], Element::F32, sinks)?),
+                None => None,
+            },
+        })
+    }
+
+    /// The oracle in `F`, with each row's reach given by `reach_of(batch, head, token)`.
+    pub(crate) fn oracle<F: num_traits::Float>(
+        &self,
+        reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
+    ) -> Partial<F> {
+        let cast = |x: &f32| F::from(*x).expect("an f32 fits every float");
+        let array = |shape, values: &[f32]| Array::new(shape, values.iter().map(cast).collect());
+        let problem = self.case.problem();
+        let options = Options {
+            scale: cast(&problem.scale),
+            softcap: problem.softcap.as_ref().map(cast),
+            sink_logits: self.sinks.as_ref().map(|sinks| sinks.iter().map(cast).collect()),
+        };
+        bifocal_reference::attention_where(
+            &array(self.query_shape(), &self.query),
+            &array(self.key_shape(), &self.key),
+            &array(self.value_shape(), &self.value),
+            &options,
+            reach_of,
+        )
+    }
+}
+
+/// Tensors of a case in device memory.
+pub(crate) struct OnDevice {
+    pub(crate) query: Tensor<4>,
+    pub(crate) key: Tensor<4>,
+    pub(crate) value: Tensor<4>,
+    pub(crate) sinks: Option<Tensor<1>>,
+}
+
+impl OnDevice {
+    pub(crate) fn inputs(&self) -> Inputs<'_> {
+        let inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
+        match &self.sinks {
+            Some(sinks) => inputs.with_sink_logits(sinks.view()),
+            None => inputs,
+        }
+    }
+}
+
+/// Routes drawn for a case: on the host, and the geometry.
+pub(crate) struct HostRoutes {
+    pub(crate) geometry: RouteGeometry,
+    pub(crate) routes: Vec<u8>,
+}
+
+impl HostRoutes {
+    pub(crate) fn new(case: &Case, routing: &Routing, reaches: usize) -> Self {
+        let heads = routing.heads.count(case);
+        let geometry = RouteGeometry::new(case.batch, heads, case.query_len, reaches)
+            .expect("drawn shapes are possible");
+        let mut rng = SmallRng::seed_from_u64(case.seed ^ 0x5eed);
+        let far = (reaches - 1) as u8;
+        let mut routes: Vec<u8> = (0..geometry.len())
+            .map(|_| match routing.spread {
+                Spread::AllNear | Spread::OneFar => 0,
+                Spread::AllFar => far,
+                // The far share on the last reach, the others evenly on the rest.
+                Spread::Share(share) if rng.random_bool(share) => far,
+                Spread::Share(_) => rng.random_range(0..reaches.max(2) - 1) as u8,
+            })
+            .collect();
+        if let Spread::OneFar = routing.spread {
+            let at = rng.random_range(0..routes.len());
+            routes[at] = far;
+        }
+        Self { geometry, routes }
+    }
+
+    pub(crate) fn at(&self, heads: usize, batch: usize, head: usize, token: usize) -> u8 {
+        let RouteGeometry { heads: router_heads, tokens, .. } = self.geometry;
+        let row = batch * router_heads + head * router_heads / heads;
+        self.routes[row * tokens + token]
+    }
+
+    pub(crate) fn array(&self) -> Array<u8, 3> {
+        let RouteGeometry { batch, heads, tokens, .. } = self.geometry;
+        Array::new([batch, heads, tokens], self.routes.clone())
+    }
+
+    pub(crate) fn upload(&self, client: &Client) -> bifocal::Result<Routes> {
+        Routes::from_host(client, self.geometry, &self.routes)
+    }
+}

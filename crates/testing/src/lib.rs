@@ -1,0 +1,101 @@
+//! The properties that every operator, router and plan satisfies, as a library: the tests run it on the CPU
+//! runtime and on lavapipe, and `bifocal check` runs it on any device that a person has.
+//!
+//! Each [`Property`] draws cases with proptest, runs the kernels with every output poisoned by NaN, and compares
+//! with the float64 oracle in `bifocal-reference`. The yardstick: a kernel's error against the oracle is at most
+//! twice the error of the same oracle computed in `f32`, plus a floor of a few roundings.
+
+mod attention;
+mod case;
+mod compare;
+mod inputs;
+mod routing;
+
+use bifocal::cubecl::client::Client;
+use bifocal::{DeviceProfile, Result};
+use proptest::{
+    strategy::Strategy,
+    test_runner::{Config, RngAlgorithm, TestCaseError, TestRng, TestRunner},
+};
+
+/// A device under test.
+pub struct Device {
+    client: Client,
+    profile: DeviceProfile,
+}
+
+impl Device {
+    /// Opens the device named `cpu`, `wgpu` or `cuda`.
+    ///
+    /// # Errors
+    /// [`bifocal::Error::DeviceUnavailable`].
+    pub fn open(name: &str) -> Result<Self> {
+        let client = bifocal::open(name)?;
+        let profile = DeviceProfile::of(&client);
+        Ok(Self { client, profile })
+    }
+
+    /// What the device can do.
+    pub fn profile(&self) -> &DeviceProfile {
+        &self.profile
+    }
+}
+
+/// How hard to try.
+#[derive(Clone, Copy, Debug)]
+pub struct Effort {
+    /// Cases per property.
+    pub cases: u32,
+    /// Where the random cases start: the same seed draws the same cases.
+    pub seed: u64,
+}
+
+/// A statement about kernels that holds for every case one can draw.
+pub struct Property {
+    /// A short name, in snake case.
+    pub name: &'static str,
+    /// The statement.
+    pub claim: &'static str,
+    run: fn(&Device, Effort) -> Result<(), String>,
+}
+
+impl Property {
+    /// Tries to refute the property on a device.
+    ///
+    /// # Errors
+    /// The smallest case found that refutes it, and how.
+    pub fn check(&self, device: &Device, effort: Effort) -> Result<(), String> {
+        (self.run)(device, effort)
+    }
+}
+
+/// Every property, in the order of the data's way: routers, plans, operators, combinations, systems.
+pub fn properties() -> impl Iterator<Item = &'static Property> {
+    routing::PROPERTIES.iter().chain(attention::PROPERTIES)
+}
+
+/// The property of that name.
+pub fn property(name: &str) -> Option<&'static Property> {
+    properties().find(|property| property.name == name)
+}
+
+/// Draws cases until one fails or `effort` is spent; a failing case is made as small as possible.
+fn refute<S: Strategy>(
+    effort: Effort,
+    strategy: S,
+    holds: impl Fn(S::Value) -> Result<(), String>,
+) -> Result<(), String> {
+    let config = Config {
+        cases: effort.cases,
+        failure_persistence: None,
+        max_shrink_iters: 200,
+        ..Config::default()
+    };
+    let mut seed = [0; 32];
+    seed[..8].copy_from_slice(&effort.seed.to_le_bytes());
+    let mut runner =
+        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    runner
+        .run(&strategy, |case| holds(case).map_err(TestCaseError::fail))
+        .map_err(|failure| failure.to_string())
+}

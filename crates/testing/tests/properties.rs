@@ -1,0 +1,77 @@
+//! Every property on every device of `BIFOCAL_TEST_DEVICES` (comma-separated; by default the CPU runtime and,
+//! where there is a Vulkan driver, wgpu). A device that is named and not there fails the test.
+
+use std::sync::OnceLock;
+
+use bifocal_testing::{Device, Effort, properties};
+
+fn device(name: &'static str) -> Option<&'static Device> {
+    static CPU: OnceLock<Option<Device>> = OnceLock::new();
+    static WGPU: OnceLock<Option<Device>> = OnceLock::new();
+    static CUDA: OnceLock<Option<Device>> = OnceLock::new();
+    let cell = match name {
+        "cpu" => &CPU,
+        "wgpu" => &WGPU,
+        _ => &CUDA,
+    };
+    cell.get_or_init(|| {
+        let named = std::env::var("BIFOCAL_TEST_DEVICES").ok();
+        match &named {
+            Some(list) if !list.split(',').any(|wanted| wanted.trim() == name) => None,
+            None if name == "cuda" => None,
+            Some(_) => Some(Device::open(name).expect("a device named in BIFOCAL_TEST_DEVICES")),
+            None => Device::open(name).ok(),
+        }
+    })
+    .as_ref()
+}
+
+fn holds(device_name: &'static str, property: &str) {
+    let Some(device) = device(device_name) else {
+        println!("{device_name} is not among the devices under test");
+        return;
+    };
+    let cases = std::env::var("BIFOCAL_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(20);
+    let property = bifocal_testing::property(property).expect("a property of that name");
+    if let Err(refutation) = property.check(device, Effort { cases, seed: 2026 }) {
+        panic!("{} does not hold on {device_name}: {refutation}", property.claim);
+    }
+}
+
+macro_rules! on_every_device {
+    ($($name:ident)*) => {
+        mod cpu { $(#[test] fn $name() { super::holds("cpu", stringify!($name)) })* }
+        mod wgpu { $(#[test] fn $name() { super::holds("wgpu", stringify!($name)) })* }
+        mod cuda { $(#[test] fn $name() { super::holds("cuda", stringify!($name)) })* }
+        const TESTED: &[&str] = &[$(stringify!($name)),*];
+    };
+}
+
+on_every_device! {
+    gates_equal_the_oracle
+    choices_equal_the_oracle
+    assigned_routes_are_as_told
+    nan_scores_never_pass_silently
+    plans_equal_the_oracle
+    combinations_equal_the_oracle
+    attention_equals_the_oracle
+    long_windows_are_full
+    the_future_never_matters
+    near_and_far_merge_to_full
+    chunks_equal_at_once
+    strides_do_not_matter
+    heads_and_batches_are_independent
+    two_runs_agree_bit_for_bit
+    aha_equals_the_oracle
+    one_reach_for_all_is_that_branch
+    one_flipped_route_changes_one_row
+    unrouted_rows_stay_untouched
+    multi_window_equals_the_oracle
+    l2a_equals_the_oracle
+}
+
+#[test]
+fn no_property_is_left_out() {
+    let all: Vec<&str> = properties().map(|property| property.name).collect();
+    assert_eq!(all, TESTED);
+}
