@@ -16,7 +16,11 @@ pub struct Blueprint {
     pub(crate) value_dim: usize,
     /// Rows per unit, one per lane of a vector.
     pub(crate) lanes: usize,
-    /// Keys between two updates of the running maximum.
+    /// Queries and weights are staged in arrays in private memory, and chunks that need no mask run without one. Right
+    /// where private memory is a cache and compilers are patient: on CPUs.
+    pub(crate) staged: bool,
+    /// Keys between two updates of the running maximum: a multiple of `key_block`, and one such where nothing is
+    /// staged.
     pub(crate) chunk: usize,
     /// Keys whose scores are accumulated side by side.
     pub(crate) key_block: usize,
@@ -43,8 +47,9 @@ impl Blueprint {
         routed: bool,
         sink_logits: bool,
     ) -> Self {
-        // Eight accumulators in flight hide the latency of a fused multiply-add; on a GPU other units do.
-        let block = if profile.cpu_cores.is_some() { 8 } else { 4 };
+        let staged = profile.cpu_cores.is_some();
+        // Eight accumulators in flight hide the latency of a fused multiply-add.
+        let key_block = 8;
         Self {
             visibility,
             routed,
@@ -53,9 +58,10 @@ impl Blueprint {
             head_dim: problem.head_dim,
             value_dim: problem.value_dim,
             lanes: item_rows(profile) as usize,
-            chunk: 32,
-            key_block: block,
-            dim_block: largest_divisor(problem.value_dim, block),
+            staged,
+            chunk: if staged { 4 * key_block } else { key_block },
+            key_block,
+            dim_block: largest_divisor(problem.value_dim, 8),
         }
     }
 }

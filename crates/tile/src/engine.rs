@@ -98,6 +98,8 @@ pub fn attend(
         problem.kv_heads as u32,
         problem.group() as u32,
         problem.query_len as u32,
+        problem.head_dim as u32,
+        problem.value_dim as u32,
         (problem.key_len as i64 - problem.query_len as i64) as i32,
         window,
         sinks,

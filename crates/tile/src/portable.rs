@@ -25,6 +25,10 @@ pub(crate) struct Numbers {
     pub(crate) kv_heads: u32,
     pub(crate) group: u32,
     pub(crate) query_len: u32,
+    /// Head and value dim, once more than in the blueprint: a compiler that knows how often a loop runs unrolls it
+    /// whole, and then takes seconds.
+    pub(crate) head_dim: u32,
+    pub(crate) value_dim: u32,
     /// Position of the first query: key length - query length.
     pub(crate) first_position: i32,
     pub(crate) window: i32,
@@ -42,14 +46,26 @@ pub(crate) struct Numbers {
     pub(crate) nan: f32,
 }
 
+/// Where the keys and values of a tile begin, and how far apart they are, in elements.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Keys {
+    key: usize,
+    value: usize,
+    key_stride: usize,
+    value_stride: usize,
+}
+
 /// The running state of the online softmax of one tile.
 #[derive(CubeType)]
 struct Tile<R: Size> {
-    /// Scaled queries, transposed: dimension by dimension, one lane per row.
+    /// Where each row's query begins.
+    query_offsets: Array<usize>,
+    /// Scaled queries, transposed: dimension by dimension, one lane per row; where they are staged.
     query: Array<Vector<f32, R>>,
-    /// Unnormalised outputs, transposed likewise.
+    /// Unnormalised outputs, transposed likewise; arrays begin as zeros.
     out: Array<Vector<f32, R>>,
-    /// Scores of a chunk of keys, then their weights.
+    /// Scores of a chunk of keys, then their weights; where queries are staged.
     weights: Array<Vector<f32, R>>,
     /// Maximum and sum of the softmax so far.
     maximum: Array<Vector<f32, R>>,
@@ -85,17 +101,100 @@ fn sees<R: Size>(
     }
 }
 
+/// The scores of `key_block` keys from `first` on, for every row of the tile. Keys at `end` and beyond read the last
+/// key again and score -inf, as do, with `masked`, keys that a row does not see.
+#[cube]
+fn score<E: Float, R: Size>(
+    tile: &mut Tile<R>,
+    query: &[E],
+    key: &[E],
+    keys: &Keys,
+    first: i32,
+    end: i32,
+    numbers: &Numbers,
+    #[comptime] masked: bool,
+    #[comptime] blueprint: Blueprint,
+) -> Array<Vector<f32, R>> {
+    let key_block = comptime![blueprint.key_block];
+    let mut scores = Array::<Vector<f32, R>>::new(key_block);
+    let mut offsets = Array::<usize>::new(key_block);
+    #[unroll]
+    for x in 0..key_block {
+        scores[x] = Vector::new(0.0f32);
+        let j = min(first + comptime![x as i32], end - 1);
+        offsets[x] = keys.key + j as usize * keys.key_stride;
+    }
+    for d in 0..numbers.head_dim as usize {
+        let q = if comptime![blueprint.staged] {
+            tile.query[d]
+        } else {
+            gather::<E, R>(&tile.query_offsets, query, d, numbers, blueprint)
+        };
+        #[unroll]
+        for x in 0..key_block {
+            let k = f32::cast_from(key[offsets[x] + d]);
+            scores[x] = fma(q, Vector::new(k), scores[x]);
+        }
+    }
+    let hidden = Vector::<f32, R>::new(numbers.neg_inf);
+    #[unroll]
+    for x in 0..key_block {
+        let j = first + comptime![x as i32];
+        if comptime![blueprint.softcap] {
+            let cap = Vector::new(numbers.softcap);
+            scores[x] = cap * (scores[x] / cap).tanh();
+        }
+        if comptime![masked] {
+            let seen = sees::<R>(tile.positions, j, numbers, blueprint.visibility);
+            scores[x] = select_many(seen, scores[x], hidden);
+        }
+        scores[x] = select(j < end, scores[x], hidden);
+    }
+    scores
+}
+
+/// Dimension `d` of the scaled queries that begin at `offsets`, one lane per row.
+#[cube]
+fn gather<E: Float, R: Size>(
+    offsets: &Array<usize>,
+    query: &[E],
+    d: usize,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, R> {
+    let mut across = Vector::<f32, R>::new(0.0f32);
+    #[unroll]
+    for lane in 0..blueprint.lanes {
+        across.insert(lane, f32::cast_from(query[offsets[lane] + d]) * numbers.scale);
+    }
+    across
+}
+
+/// Moves the running maximum up to `maximum` and returns what weights are relative to, and by how much what was
+/// summed so far shrinks. A row that has seen no key keeps a finite offset, so that its weights become
+/// exp(-inf) = 0.
+#[cube]
+fn raise<R: Size>(
+    tile: &mut Tile<R>,
+    maximum: Vector<f32, R>,
+    numbers: &Numbers,
+) -> (Vector<f32, R>, Vector<f32, R>) {
+    let none = maximum.equal(&Vector::new(numbers.neg_inf));
+    let offset = select_many(none, Vector::new(0.0f32), maximum);
+    let correction = (tile.maximum[0] - offset).exp();
+    tile.maximum[0] = maximum;
+    (offset, correction)
+}
+
 /// Folds the keys `first..end`, at most a chunk of them, into the tile. With `masked`, rows see only the keys
 /// that their position shows; a key that a row does not see cannot touch it, NaN or not.
 #[cube]
 fn fold_chunk<E: Float, R: Size>(
     tile: &mut Tile<R>,
+    query: &[E],
     key: &[E],
     value: &[E],
-    key_base: usize,
-    value_base: usize,
-    key_stride: usize,
-    value_stride: usize,
+    keys: &Keys,
     first: i32,
     end: i32,
     numbers: &Numbers,
@@ -105,62 +204,28 @@ fn fold_chunk<E: Float, R: Size>(
     let key_block = comptime![blueprint.key_block];
     let dim_block = comptime![blueprint.dim_block];
     let length = (end - first) as usize;
-    let blocks = length.div_ceil(key_block);
 
-    let before = tile.maximum[0];
-    let mut maximum = before;
-    for block in 0..blocks {
-        let mut scores = Array::<Vector<f32, R>>::new(key_block);
-        let mut offsets = Array::<usize>::new(key_block);
+    let mut maximum = tile.maximum[0];
+    for block in 0..length.div_ceil(key_block) {
+        let at = block * key_block;
+        let from = first + at as i32;
+        let scores = score::<E, R>(tile, query, key, keys, from, end, numbers, masked, blueprint);
         #[unroll]
         for x in 0..key_block {
-            scores[x] = Vector::new(0.0f32);
-            // Past the end the last key is read again and its score thrown away.
-            let j = min(block * key_block + x, length - 1);
-            offsets[x] = key_base + (first as usize + j) * key_stride;
-        }
-        for d in 0..blueprint.head_dim {
-            let query = tile.query[d];
-            #[unroll]
-            for x in 0..key_block {
-                let k = f32::cast_from(key[offsets[x] + d]);
-                scores[x] = fma(query, Vector::new(k), scores[x]);
-            }
-        }
-        #[unroll]
-        for x in 0..key_block {
-            let j = block * key_block + x;
-            let mut score = scores[x];
-            if comptime![blueprint.softcap] {
-                let cap = Vector::new(numbers.softcap);
-                score = cap * (score / cap).tanh();
-            }
-            let hidden = Vector::<f32, R>::new(numbers.neg_inf);
-            if comptime![masked] {
-                let seen = sees::<R>(tile.positions, first + j as i32, numbers, blueprint.visibility);
-                score = select_many(seen, score, hidden);
-            }
-            if j < length {
-                tile.weights[j] = score;
-                maximum = max(maximum, score);
-            }
+            tile.weights[at + x] = scores[x];
+            maximum = max(maximum, scores[x]);
         }
     }
-
-    // A row that has seen no key keeps a finite offset, so that its weights become exp(-inf) = 0.
-    let none = maximum.equal(&Vector::new(numbers.neg_inf));
-    let offset = select_many(none, Vector::new(0.0f32), maximum);
-    let correction = (before - offset).exp();
+    let (offset, correction) = raise::<R>(tile, maximum, numbers);
     let mut sum = tile.sum[0] * correction;
     for j in 0..length {
         let weight = (tile.weights[j] - offset).exp();
         tile.weights[j] = weight;
         sum += weight;
     }
-    tile.maximum[0] = maximum;
     tile.sum[0] = sum;
 
-    for block in 0..comptime![blueprint.value_dim / dim_block] {
+    for block in 0..numbers.value_dim as usize / dim_block {
         let d = block * dim_block;
         let mut acc = Array::<Vector<f32, R>>::new(dim_block);
         #[unroll]
@@ -169,16 +234,19 @@ fn fold_chunk<E: Float, R: Size>(
         }
         for j in 0..length {
             let weight = tile.weights[j];
-            let row = value_base + (first as usize + j) * value_stride + d;
-            let seen = sees::<R>(tile.positions, first + j as i32, numbers, blueprint.visibility);
-            #[unroll]
-            for x in 0..dim_block {
-                let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
-                let sum = fma(weight, v, acc[x]);
-                if comptime![masked] {
-                    acc[x] = select_many(seen, sum, acc[x]);
-                } else {
-                    acc[x] = sum;
+            let row = keys.value + (first as usize + j) * keys.value_stride + d;
+            if comptime![masked] {
+                let seen = sees::<R>(tile.positions, first + j as i32, numbers, blueprint.visibility);
+                #[unroll]
+                for x in 0..dim_block {
+                    let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
+                    acc[x] = select_many(seen, fma(weight, v, acc[x]), acc[x]);
+                }
+            } else {
+                #[unroll]
+                for x in 0..dim_block {
+                    let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
+                    acc[x] = fma(weight, v, acc[x]);
                 }
             }
         }
@@ -189,16 +257,63 @@ fn fold_chunk<E: Float, R: Size>(
     }
 }
 
-/// Folds the keys `begin..end` into the tile, chunk by chunk; chunks that every row sees whole skip the mask.
+/// [`fold_chunk`] where a chunk is one block of keys: weights stay in registers, and outputs are the only array
+/// that is indexed at run time, once to read and once to write. Shader compilers that turn such an index into a
+/// ladder of branches need it to be rare.
+#[cube]
+fn fold_block<E: Float, R: Size>(
+    tile: &mut Tile<R>,
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    keys: &Keys,
+    first: i32,
+    end: i32,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    let key_block = comptime![blueprint.key_block];
+    let mut weights = score::<E, R>(tile, query, key, keys, first, end, numbers, true, blueprint);
+    let mut maximum = tile.maximum[0];
+    #[unroll]
+    for x in 0..key_block {
+        maximum = max(maximum, weights[x]);
+    }
+    let (offset, correction) = raise::<R>(tile, maximum, numbers);
+    let mut sum = tile.sum[0] * correction;
+    let mut rows = Array::<usize>::new(key_block);
+    #[unroll]
+    for x in 0..key_block {
+        weights[x] = (weights[x] - offset).exp();
+        sum += weights[x];
+        let j = min(first + comptime![x as i32], end - 1);
+        rows[x] = keys.value + j as usize * keys.value_stride;
+    }
+    tile.sum[0] = sum;
+    for d in 0..numbers.value_dim as usize {
+        let mut acc = tile.out[d] * correction;
+        #[unroll]
+        for x in 0..key_block {
+            let j = first + comptime![x as i32];
+            let seen = sees::<R>(tile.positions, min(j, end - 1), numbers, blueprint.visibility);
+            let v = Vector::<f32, R>::new(f32::cast_from(value[rows[x] + d]));
+            let sum = select_many(seen, fma(weights[x], v, acc), acc);
+            acc = select(j < end, sum, acc);
+        }
+        tile.out[d] = acc;
+    }
+}
+
+/// Folds the keys `0..sinks_end` and `begin..end` into the tile, chunk by chunk; chunks that every row sees whole
+/// skip the mask.
 #[cube]
 fn fold<E: Float, R: Size>(
     tile: &mut Tile<R>,
+    query: &[E],
     key: &[E],
     value: &[E],
-    key_base: usize,
-    value_base: usize,
-    key_stride: usize,
-    value_stride: usize,
+    keys: &Keys,
+    sinks_end: i32,
     begin: i32,
     end: i32,
     numbers: &Numbers,
@@ -206,30 +321,31 @@ fn fold<E: Float, R: Size>(
 ) {
     let first_position = tile.positions.extract(0usize);
     let last_position = tile.positions.extract(comptime![blueprint.lanes - 1]);
-    let mut at = begin;
+    let mut at = select(sinks_end > 0i32, 0i32, begin);
     while at < end {
-        let next = min(at + comptime![blueprint.chunk as i32], end);
-        let unmasked = match blueprint.visibility {
-            Visibility::All => next <= first_position + 1,
-            Visibility::Window => next <= first_position + 1 && at > last_position - numbers.window,
-            Visibility::SinksAndWindow => {
-                next <= first_position + 1
-                    && (next <= numbers.sinks || at > last_position - numbers.window)
+        let range_end = select(at < sinks_end, sinks_end, end);
+        let next = min(at + comptime![blueprint.chunk as i32], range_end);
+        if comptime![blueprint.staged] {
+            let unmasked = match blueprint.visibility {
+                Visibility::All => next <= first_position + 1,
+                Visibility::Window => {
+                    next <= first_position + 1 && at > last_position - numbers.window
+                }
+                Visibility::SinksAndWindow => {
+                    next <= first_position + 1
+                        && (next <= numbers.sinks || at > last_position - numbers.window)
+                }
+                Visibility::Far => next <= first_position - numbers.window + 1,
+            };
+            if unmasked {
+                fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, false, blueprint);
+            } else {
+                fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, true, blueprint);
             }
-            Visibility::Far => next <= first_position - numbers.window + 1,
-        };
-        if unmasked {
-            fold_chunk::<E, R>(
-                tile, key, value, key_base, value_base, key_stride, value_stride, at, next, numbers, false,
-                blueprint,
-            );
         } else {
-            fold_chunk::<E, R>(
-                tile, key, value, key_base, value_base, key_stride, value_stride, at, next, numbers, true,
-                blueprint,
-            );
+            fold_block::<E, R>(tile, query, key, value, keys, at, next, numbers, blueprint);
         }
-        at = next;
+        at = select(next == sinks_end, begin, next);
     }
 }
 
@@ -302,24 +418,20 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         positions.insert(lane, token as i32 + numbers.first_position);
     }
 
+    let staged = comptime![blueprint.staged];
     let mut tile = Tile::<R> {
-        query: Array::new(blueprint.head_dim),
+        query_offsets,
+        query: Array::new(comptime![if staged { blueprint.head_dim } else { 1 }]),
         out: Array::new(blueprint.value_dim),
-        weights: Array::new(blueprint.chunk),
+        weights: Array::new(comptime![if staged { blueprint.chunk } else { 1 }]),
         maximum: Array::new(1usize),
         sum: Array::new(1usize),
         positions,
     };
-    for d in 0..blueprint.head_dim {
-        let mut across = Vector::<f32, R>::new(0.0f32);
-        #[unroll]
-        for lane in 0..lanes {
-            across.insert(lane, f32::cast_from(query[query_offsets[lane] + d]) * numbers.scale);
+    if staged {
+        for d in 0..numbers.head_dim as usize {
+            tile.query[d] = gather::<E, R>(&tile.query_offsets, query, d, &numbers, blueprint);
         }
-        tile.query[d] = across;
-    }
-    for d in 0..blueprint.value_dim {
-        tile.out[d] = Vector::new(0.0f32);
     }
     if comptime![blueprint.sink_logits] {
         // The sink logit is a key with a value of zero: it opens the running maximum and sum.
@@ -339,31 +451,36 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     // Which keys: one range, or two where sinks and window are apart.
     let first_position = tile.positions.extract(0usize);
     let last_position = tile.positions.extract(comptime![lanes - 1]);
-    let key_base = (batch * key_strides.batch + kv_head_in_batch * key_strides.head) as usize;
-    let value_base = (batch * value_strides.batch + kv_head_in_batch * value_strides.head) as usize;
-    let key_stride = key_strides.token as usize;
-    let value_stride = value_strides.token as usize;
-    let mut end = last_position + 1;
+    // Assigned under a condition, so that compilers keep the two as values: left as expressions, their divisions are
+    // computed again for every key and dimension (half of the time on the CPU runtime).
+    let mut key_base = 0u32;
+    let mut value_base = 0u32;
+    if row_count > 0u32 {
+        key_base = batch * key_strides.batch + kv_head_in_batch * key_strides.head;
+        value_base = batch * value_strides.batch + kv_head_in_batch * value_strides.head;
+    }
+    let keys = Keys {
+        key: key_base as usize,
+        value: value_base as usize,
+        key_stride: key_strides.token as usize,
+        value_stride: value_strides.token as usize,
+    };
+    let mut sinks_end = 0i32;
     let mut begin = 0i32;
+    let mut end = last_position + 1;
     if comptime![blueprint.visibility == Visibility::Far] {
-        end = last_position - numbers.window + 1;
         begin = numbers.sinks;
+        end = last_position - numbers.window + 1;
     }
     if comptime![blueprint.visibility == Visibility::Window] {
         begin = max(first_position - numbers.window + 1, 0i32);
     }
     if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
-        let sinks_end = min(numbers.sinks, end);
-        fold::<E, R>(
-            &mut tile, key, value, key_base, value_base, key_stride, value_stride, 0i32, sinks_end,
-            &numbers, blueprint,
-        );
-        begin = max(first_position - numbers.window + 1, max(sinks_end, 0i32));
+        begin = max(first_position - numbers.window + 1, 0i32);
+        sinks_end = max(min(numbers.sinks, end), 0i32);
+        begin = max(begin, sinks_end);
     }
-    fold::<E, R>(
-        &mut tile, key, value, key_base, value_base, key_stride, value_stride, begin, end, &numbers,
-        blueprint,
-    );
+    fold::<E, R>(&mut tile, query, key, value, &keys, sinks_end, begin, end, &numbers, blueprint);
 
     // A row without keys has sum 0: its output is 0 and its log-sum-exp -inf.
     let sum = tile.sum[0];
@@ -384,7 +501,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
             lse[row as usize] = select(invalid[lane], numbers.nan, log_sum_exp.extract(lane));
         }
     }
-    for d in 0..blueprint.value_dim {
+    for d in 0..numbers.value_dim as usize {
         let across = tile.out[d] * norm;
         #[unroll]
         for lane in 0..lanes {

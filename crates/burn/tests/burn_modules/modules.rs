@@ -1,7 +1,6 @@
-//! Modules against compositions of Burn's own operations with the same weights, on Flex and, small, on wgpu. (Burn's
-//! `cpu` device needs seconds for a matrix product; the functions that the modules call are tested there.)
-
-mod common;
+//! Modules against compositions of Burn's own operations with the same weights, on Flex; once, small, on wgpu, where
+//! Burn tunes every shape of a matrix product for seconds. (Its `cpu` device needs seconds for the product itself; the
+//! functions that the modules call are tested on all devices.)
 
 use bifocal_burn::{
     AhaAttentionConfig, AttentionOptions, Error, GateOptions, L2aAttentionConfig, MultiWindowAttentionConfig,
@@ -12,14 +11,11 @@ use burn::{
     nn::{Linear, RotaryEncoding},
     tensor::{Device, Tensor},
 };
-use common::{assert_close, host, noise, wgpu};
 use rstest::rstest;
 
-const TOLERANCE: f32 = 1e-5;
+use crate::common::{assert_close, host, noise, wgpu};
 
-fn dense_devices() -> Vec<Device> {
-    [Device::flex()].into_iter().chain(wgpu()).collect()
-}
+const TOLERANCE: f32 = 1e-5;
 
 /// The weights of a linear layer, applied by hand.
 fn linear(hidden: &Tensor<3>, layer: &Linear) -> Tensor<3> {
@@ -78,26 +74,25 @@ fn window(keys: usize) -> Window {
 )]
 #[case::window_beyond_the_sequence(AhaAttentionConfig::new(24, 4, 500))]
 fn aha_is_its_composition(#[case] config: AhaAttentionConfig) {
-    for device in dense_devices() {
-        let module = config.init(&device).unwrap();
-        let hidden = noise([2, 23, 24], 7, &device).mul_scalar(3.0);
-        let found = module.forward(hidden.clone()).unwrap();
+    let device = Device::flex();
+    let module = config.init(&device).unwrap();
+    let hidden = noise([2, 23, 24], 7, &device).mul_scalar(3.0);
+    let found = module.forward(hidden.clone()).unwrap();
 
-        let router = &module.router;
-        let bias = router.bias.as_ref().map(|bias| bias.val());
-        let (scores, routes) =
-            composed::linear_gate(hidden.clone(), router.weight.val(), bias, GateOptions::aha()).unwrap();
-        let [q, k, v] = project(&hidden, &module.projections, module.rope.as_ref());
-        let options = match config.softcap {
-            Some(cap) => AttentionOptions::default().with_softcap(cap),
-            None => AttentionOptions::default(),
-        };
-        let out = composed::aha_attention(q, k, v, routes, window(config.window), &options).unwrap();
-        assert_close(found.output, output(out, &module.projections.o_proj), TOLERANCE);
-        assert_close(found.routing.scores().unwrap().unwrap(), scores, TOLERANCE);
-        let share = found.routing.far_share().unwrap();
-        assert!(share.iter().any(|&share| 0.0 < share && share < 1.0), "all one way: {share:?}");
-    }
+    let router = &module.router;
+    let bias = router.bias.as_ref().map(|bias| bias.val());
+    let (scores, routes) =
+        composed::linear_gate(hidden.clone(), router.weight.val(), bias, GateOptions::aha()).unwrap();
+    let [q, k, v] = project(&hidden, &module.projections, module.rope.as_ref());
+    let options = match config.softcap {
+        Some(cap) => AttentionOptions::default().with_softcap(cap),
+        None => AttentionOptions::default(),
+    };
+    let out = composed::aha_attention(q, k, v, routes, window(config.window), &options).unwrap();
+    assert_close(found.output, output(out, &module.projections.o_proj), TOLERANCE);
+    assert_close(found.routing.scores().unwrap().unwrap(), scores, TOLERANCE);
+    let share = found.routing.far_share().unwrap();
+    assert!(share.iter().any(|&share| 0.0 < share && share < 1.0), "all one way: {share:?}");
 }
 
 #[test]
@@ -106,24 +101,23 @@ fn multi_window_is_its_composition() {
         .with_n_kv_heads(Some(2))
         .with_rope(Some(RopeConfig::new(32)))
         .with_router_bias_init(Some(0.2));
-    for device in dense_devices() {
-        let module = config.init(&device).unwrap();
-        let hidden = noise([2, 23, 24], 8, &device).mul_scalar(3.0);
-        let found = module.forward(hidden.clone()).unwrap();
-        assert_eq!((found.routing.shape(), found.routing.reaches()), ([2, 4, 23], 3));
+    let device = Device::flex();
+    let module = config.init(&device).unwrap();
+    let hidden = noise([2, 23, 24], 8, &device).mul_scalar(3.0);
+    let found = module.forward(hidden.clone()).unwrap();
+    assert_eq!((found.routing.shape(), found.routing.reaches()), ([2, 4, 23], 3));
 
-        let bias = module.router.bias.as_ref().unwrap().val();
-        assert_eq!(host(bias.clone()), [0.0, 0.0, 0.2].repeat(4));
-        let weight = module.router.weight.val();
-        let (_, routes) = composed::linear_choice(hidden.clone(), weight, Some(bias), 3).unwrap();
-        let [q, k, v] = project(&hidden, &module.projections, module.rope.as_ref());
-        let windows = [window(2), window(9)];
-        let options = AttentionOptions::default();
-        let out = composed::multi_window_attention(q, k, v, routes, &windows, &options).unwrap();
-        assert_close(found.output, output(out, &module.projections.o_proj), TOLERANCE);
-        let taken = found.routing.to_host().unwrap();
-        assert!((0..3).all(|reach| taken.contains(&reach)), "not every reach was taken");
-    }
+    let bias = module.router.bias.as_ref().unwrap().val();
+    assert_eq!(host(bias.clone()), [0.0, 0.0, 0.2].repeat(4));
+    let weight = module.router.weight.val();
+    let (_, routes) = composed::linear_choice(hidden.clone(), weight, Some(bias), 3).unwrap();
+    let [q, k, v] = project(&hidden, &module.projections, module.rope.as_ref());
+    let windows = [window(2), window(9)];
+    let options = AttentionOptions::default();
+    let out = composed::multi_window_attention(q, k, v, routes, &windows, &options).unwrap();
+    assert_close(found.output, output(out, &module.projections.o_proj), TOLERANCE);
+    let taken = found.routing.to_host().unwrap();
+    assert!((0..3).all(|reach| taken.contains(&reach)), "not every reach was taken");
 }
 
 #[rstest]
@@ -134,66 +128,96 @@ fn l2a_is_its_composition(#[case] qk_norm: bool) {
         .with_n_kv_heads(Some(2))
         .with_rope(Some(RopeConfig::new(32)))
         .with_qk_norm(qk_norm);
-    for device in dense_devices() {
-        let mut module = config.init(&device).unwrap();
-        assert_eq!(module.local.q_norm.is_some(), qk_norm);
-        let hidden = noise([2, 23, 24], 9, &device);
-        // Norms that do something.
-        module.local_norm.gamma = Param::from_tensor(noise([24], 1, &device).add_scalar(2.0));
-        module.global_norm.gamma = Param::from_tensor(noise([24], 2, &device).add_scalar(2.0));
+    let device = Device::flex();
+    let mut module = config.init(&device).unwrap();
+    assert_eq!(module.local.q_norm.is_some(), qk_norm);
+    let hidden = noise([2, 23, 24], 9, &device);
+    // Norms that do something.
+    module.local_norm.gamma = Param::from_tensor(noise([24], 1, &device).add_scalar(2.0));
+    module.global_norm.gamma = Param::from_tensor(noise([24], 2, &device).add_scalar(2.0));
 
-        // At its start every token attends globally; then with a router that goes both ways.
-        let first = module.forward(hidden.clone()).unwrap();
-        assert_eq!(first.routing.far_share().unwrap(), [1.0, 1.0]);
-        module.router.weight = Param::from_tensor(noise([24, 1], 3, &device));
-        let found = module.forward(hidden.clone()).unwrap();
-        let share = found.routing.far_share().unwrap();
-        assert!(share.iter().all(|&share| 0.0 < share && share < 1.0), "one way: {share:?}");
+    // At its start every token attends globally; then with a router that goes both ways.
+    let first = module.forward(hidden.clone()).unwrap();
+    assert_eq!(first.routing.far_share().unwrap(), [1.0, 1.0]);
+    module.router.weight = Param::from_tensor(noise([24, 1], 3, &device));
+    let found = module.forward(hidden.clone()).unwrap();
+    let share = found.routing.far_share().unwrap();
+    assert!(share.iter().all(|&share| 0.0 < share && share < 1.0), "one way: {share:?}");
 
-        let options = AttentionOptions::default();
-        let rope = module.rope.as_ref();
-        let u1 = norm(&hidden, module.local_norm.gamma.val(), 1e-6);
-        let [q, k, v] = project(&u1, &module.local, rope);
-        let near = composed::windowed_attention(q, k, v, window(5), &options).unwrap();
-        let x1 = hidden + output(near, &module.local.o_proj);
-        let u2 = norm(&x1, module.global_norm.gamma.val(), 1e-6);
-        let weight = module.router.weight.val();
-        let (_, routes) = composed::linear_gate(u2.clone(), weight, None, GateOptions::l2a()).unwrap();
-        let [q, k, v] = project(&u2, &module.global, rope);
-        let far = composed::global_attention(q, k, v, routes, 2, &options).unwrap();
-        let gates: Vec<bool> = found.routing.to_host().unwrap().iter().map(|&gate| gate == 1).collect();
-        let expected = x1.clone() + output(far, &module.global.o_proj);
-        assert_close(found.output.clone(), expected, TOLERANCE);
-        // A closed gate leaves the token as the local sub-layer made it.
-        let (out, x1) = (host(found.output), host(x1));
-        for (token, &open) in gates.iter().enumerate() {
-            let row = token * 24..(token + 1) * 24;
-            let change = out[row.clone()].iter().zip(&x1[row]).map(|(a, b)| (a - b).abs());
-            let change = change.fold(0.0, f32::max);
-            assert_eq!(change > 1e-4, open, "token {token} changed by {change}");
-        }
+    let options = AttentionOptions::default();
+    let rope = module.rope.as_ref();
+    let u1 = norm(&hidden, module.local_norm.gamma.val(), 1e-6);
+    let [q, k, v] = project(&u1, &module.local, rope);
+    let near = composed::windowed_attention(q, k, v, window(5), &options).unwrap();
+    let x1 = hidden + output(near, &module.local.o_proj);
+    let u2 = norm(&x1, module.global_norm.gamma.val(), 1e-6);
+    let weight = module.router.weight.val();
+    let (_, routes) = composed::linear_gate(u2.clone(), weight, None, GateOptions::l2a()).unwrap();
+    let [q, k, v] = project(&u2, &module.global, rope);
+    let far = composed::global_attention(q, k, v, routes, 2, &options).unwrap();
+    let gates: Vec<bool> = found.routing.to_host().unwrap().iter().map(|&gate| gate == 1).collect();
+    let expected = x1.clone() + output(far, &module.global.o_proj);
+    assert_close(found.output.clone(), expected, TOLERANCE);
+    // A closed gate leaves the token as the local sub-layer made it.
+    let (out, x1) = (host(found.output), host(x1));
+    for (token, &open) in gates.iter().enumerate() {
+        let row = token * 24..(token + 1) * 24;
+        let change = out[row.clone()].iter().zip(&x1[row]).map(|(a, b)| (a - b).abs());
+        let change = change.fold(0.0, f32::max);
+        assert_eq!(change > 1e-4, open, "token {token} changed by {change}");
     }
+}
+
+#[test]
+fn modules_move_to_a_gpu() {
+    let flex = Device::flex();
+    let Some(device) = wgpu() else { return };
+    // Shapes of the same matrix products for all three.
+    let rope = Some(RopeConfig::new(16));
+    let hidden = noise([1, 16, 16], 6, &flex);
+    let there = || hidden.clone().to_device(&device);
+
+    let config = AhaAttentionConfig::new(16, 2, 3).with_rope(rope.clone()).with_n_router_heads(Some(1));
+    let module = config.init(&flex).unwrap();
+    let expected = module.forward(hidden.clone()).unwrap();
+    let found = module.to_device(&device).forward(there()).unwrap();
+    assert_eq!((found.output.device(), found.routing.device()), (device.clone(), &device));
+    assert_eq!(found.routing.to_host().unwrap(), expected.routing.to_host().unwrap());
+    assert_close(found.output, expected.output, TOLERANCE);
+
+    let config = MultiWindowAttentionConfig::new(16, 2, vec![2, 5]).with_rope(rope.clone());
+    let module = config.init(&flex).unwrap();
+    let expected = module.forward(hidden.clone()).unwrap();
+    let found = module.to_device(&device).forward(there()).unwrap();
+    assert_eq!(found.routing.to_host().unwrap(), expected.routing.to_host().unwrap());
+    assert_close(found.output, expected.output, TOLERANCE);
+
+    let mut module = L2aAttentionConfig::new(16, 2, 3).with_rope(rope).init(&flex).unwrap();
+    module.router.weight = Param::from_tensor(noise([16, 1], 3, &flex));
+    let expected = module.forward(hidden.clone()).unwrap();
+    let found = module.to_device(&device).forward(there()).unwrap();
+    assert_eq!(found.routing.to_host().unwrap(), expected.routing.to_host().unwrap());
+    assert_close(found.output, expected.output, TOLERANCE);
 }
 
 #[rstest]
 #[case::all_far(1e4, 1.0)]
 #[case::all_near(-1e4, 0.0)]
 fn a_forced_gate_is_dense_attention(#[case] bias: f32, #[case] share: f64) {
-    for device in dense_devices() {
-        let config = AhaAttentionConfig::new(16, 2, 3).with_router_bias_init(Some(bias));
-        let module = config.init(&device).unwrap();
-        let hidden = noise([1, 17, 16], 5, &device);
-        let found = module.forward(hidden.clone()).unwrap();
-        assert_eq!(found.routing.far_share().unwrap(), [share; 2]);
-        let [q, k, v] = project(&hidden, &module.projections, None);
-        let options = AttentionOptions::default();
-        let dense = match share == 1.0 {
-            true => composed::full_attention(q, k, v, &options),
-            false => composed::windowed_attention(q, k, v, window(3), &options),
-        };
-        let expected = output(dense.unwrap(), &module.projections.o_proj);
-        assert_close(found.output, expected, TOLERANCE);
-    }
+    let device = Device::flex();
+    let config = AhaAttentionConfig::new(16, 2, 3).with_router_bias_init(Some(bias));
+    let module = config.init(&device).unwrap();
+    let hidden = noise([1, 17, 16], 5, &device);
+    let found = module.forward(hidden.clone()).unwrap();
+    assert_eq!(found.routing.far_share().unwrap(), [share; 2]);
+    let [q, k, v] = project(&hidden, &module.projections, None);
+    let options = AttentionOptions::default();
+    let dense = match share == 1.0 {
+        true => composed::full_attention(q, k, v, &options),
+        false => composed::windowed_attention(q, k, v, window(3), &options),
+    };
+    let expected = output(dense.unwrap(), &module.projections.o_proj);
+    assert_close(found.output, expected, TOLERANCE);
 }
 
 #[test]

@@ -1,8 +1,6 @@
 //! Tensor functions against the composition of Burn's own operations and the float64 oracle, on every device that
 //! computes without a GPU. Matrix products on Burn's `cpu` device take seconds, so expectations come from Flex.
 
-mod common;
-
 use bifocal_burn::{
     AttentionOptions, Error, GateOptions, Routing, Threshold, Window, aha_attention, composed,
     full_attention, global_attention, linear_choice, linear_gate, multi_window_attention, windowed_attention,
@@ -10,8 +8,9 @@ use bifocal_burn::{
 use bifocal_core::Reach;
 use bifocal_reference::{Array, Options, attention};
 use burn::tensor::{DType, Device, Int, Tensor, TensorData};
-use common::{assert_close, devices, host, mixed_routes, noise, noise_of, qkv, values};
 use rstest::rstest;
+
+use crate::common::{assert_close, devices, host, mixed_routes, noise, noise_of, qkv, values};
 
 const TOLERANCE: f32 = 1e-5;
 

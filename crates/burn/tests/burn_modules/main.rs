@@ -1,0 +1,5 @@
+//! Bifocal on Burn's devices, against Burn's own operations and the float64 oracle.
+
+mod common;
+mod functions;
+mod modules;

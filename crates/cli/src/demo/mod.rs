@@ -1,0 +1,175 @@
+//! `bifocal demo`: a small decoder with AHA layers over real text, checked against the oracle.
+
+mod decoder;
+mod heat_map;
+mod measure;
+
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail};
+use burn::tensor::{Device, DeviceKind, Int, Tensor, TensorData};
+use clap::Args;
+use serde::Serialize;
+
+use crate::{DeviceName, output};
+use decoder::{Decoder, Shape};
+use measure::LayerReport;
+
+/// What the demo reads unless it is given a file: pages of Bifocal's own book.
+const BOOK: [&str; 4] = [
+    include_str!("../../../../docs/src/introduction.md"),
+    include_str!("../../../../docs/src/architecture.md"),
+    include_str!("../../../../docs/src/semantics.md"),
+    include_str!("../../../../docs/src/systems/aha.md"),
+];
+
+#[derive(Args)]
+pub(crate) struct Options {
+    /// The text to read (UTF-8); pages of Bifocal's book unless given.
+    #[arg(long, value_name = "FILE")]
+    text: Option<PathBuf>,
+    /// How many tokens (bytes) of the text to read.
+    #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    tokens: u32,
+    /// Keys in the near branch, the query's own included.
+    #[arg(long, default_value_t = 64)]
+    window: usize,
+    /// Layers of the decoder.
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    layers: u16,
+    /// Seed of the decoder's weights.
+    #[arg(long, default_value_t = 7)]
+    seed: u64,
+    /// Where the model runs. On `cpu` its dense parts run on Burn's Flex and attention on the CPU runtime.
+    #[arg(long, default_value = "cpu")]
+    device: DeviceName,
+    /// Where to save the heat map of routes.
+    #[arg(long, value_name = "FILE.svg", default_value = "bifocal-routes.svg")]
+    plot: PathBuf,
+    /// Write the measurements as JSON to this file (`-` for standard output).
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Report {
+    device: &'static str,
+    text: String,
+    tokens: usize,
+    window: usize,
+    seed: u64,
+    layers: Vec<LayerReport>,
+}
+
+pub(crate) fn run(options: &Options) -> Result<()> {
+    let (name, tokens) = tokenise(options)?;
+    let device = open(options.device)?;
+    device.seed(options.seed);
+    let shape = Shape::small(options.window, tokens.len(), usize::from(options.layers));
+    let decoder = Decoder::new(&shape, &device)?;
+    let quiet = options.json.as_deref() == Some(Path::new("-"));
+    if !quiet {
+        println!(
+            "{} tokens of {name}, one per byte; {} layers x {} heads ({} kv) x {}, window {}, seed {}",
+            tokens.len(),
+            shape.layers,
+            shape.heads,
+            shape.kv_heads,
+            shape.head_dim,
+            shape.window,
+            options.seed,
+        );
+        println!("The weights are random, not trained: routes show the mechanism, not what language needs.\n");
+    }
+
+    let ids: Vec<i32> = tokens.iter().map(|&byte| i32::from(byte)).collect();
+    let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &device);
+    let bar = output::progress(shape.layers);
+    let mut layers = Vec::new();
+    let mut hidden = decoder.embed(ids);
+    for (index, layer) in decoder.layers.iter().enumerate() {
+        bar.set_message(format!("layer {index}: attending, timing, comparing with the oracle"));
+        let attended = layer.attend(hidden.clone())?;
+        layers.push(measure::layer(index, layer, &attended)?);
+        hidden = layer.mix_channels(hidden + attended.output);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+
+    output::write(&options.plot, heat_map::svg(&layers)?.as_bytes())?;
+    let report = Report {
+        device: options.device.as_str(),
+        text: name,
+        tokens: tokens.len(),
+        window: options.window,
+        seed: options.seed,
+        layers,
+    };
+    if let Some(path) = &options.json {
+        output::write_json(path, &report)?;
+    }
+    if !quiet {
+        print(&report, &options.plot);
+    }
+    match report.layers.iter().find(|layer| layer.error > layer.tolerance) {
+        Some(layer) => bail!(
+            "layer {} is {:.1e} off the oracle, more than {:.1e}",
+            layer.layer,
+            layer.error,
+            layer.tolerance
+        ),
+        None => Ok(()),
+    }
+}
+
+/// The text's name and its first tokens: bytes, the tokeniser that every text has.
+fn tokenise(options: &Options) -> Result<(String, Vec<u8>)> {
+    let (name, text) = match &options.text {
+        None => ("Bifocal's book".to_string(), BOOK.concat()),
+        Some(path) => {
+            let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
+            let text = String::from_utf8(bytes)
+                .with_context(|| format!("{} is not UTF-8 text", path.display()))?;
+            (path.display().to_string(), text)
+        }
+    };
+    if text.len() < 2 {
+        bail!("{name} has {} bytes of text, expected at least 2", text.len());
+    }
+    let mut tokens = text.into_bytes();
+    tokens.truncate(options.tokens.max(2) as usize);
+    Ok((name, tokens))
+}
+
+/// Burn's device. Asking Bifocal first turns a device that is not there into an error rather than a panic.
+fn open(device: DeviceName) -> Result<Device> {
+    bifocal::open(device.as_str())?;
+    Ok(match device {
+        DeviceName::Cpu => Device::flex(),
+        DeviceName::Wgpu => Device::wgpu(DeviceKind::DefaultDevice),
+        DeviceName::Cuda => Device::cuda(0),
+    })
+}
+
+fn print(report: &Report, plot: &Path) {
+    let mut table = output::table(["layer", "far", "far by head, %", "routed", "dense", "off the oracle"]);
+    for layer in &report.layers {
+        let heads: Vec<String> =
+            layer.far_by_head.iter().map(|share| format!("{:.0}", share * 100.0)).collect();
+        table.add_row([
+            layer.layer.to_string(),
+            format!("{:.1} %", layer.far_share() * 100.0),
+            heads.join(" "),
+            format!("{:.1} ms", layer.routed_ms),
+            format!("{:.1} ms ({:.1} x)", layer.dense_ms, layer.dense_ms / layer.routed_ms),
+            format!("{:.1e}", layer.error),
+        ]);
+    }
+    println!("{table}");
+    println!("Largest error against the float64 oracle: {:.1e}", worst(report));
+    println!("Where each head looks far: {}", plot.display());
+}
+
+fn worst(report: &Report) -> f64 {
+    report.layers.iter().map(|layer| layer.error).fold(0.0, f64::max)
+}
