@@ -52,3 +52,8 @@ pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Th
 pub use bifocal_windowed::Windowed;
 
 pub use cubecl;
+
+/// The README's examples, compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../../README.md")]
+mod readme {}

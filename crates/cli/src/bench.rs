@@ -86,14 +86,8 @@ enum CaseName {
     L2a,
 }
 
-const CASES: [CaseName; 6] = [
-    CaseName::Windowed,
-    CaseName::Full,
-    CaseName::Router,
-    CaseName::Plan,
-    CaseName::Aha,
-    CaseName::L2a,
-];
+const CASES: [CaseName; 6] =
+    [CaseName::Windowed, CaseName::Full, CaseName::Router, CaseName::Plan, CaseName::Aha, CaseName::L2a];
 
 #[derive(Serialize)]
 struct Report {
@@ -356,7 +350,8 @@ fn print(report: &Report) {
         report.far_share * 100.0,
         report.far_tokens * 100.0,
     );
-    let mut table = output::table(["case", "length", "median ms", "fastest ms", "useful GFLOP/s", "first call ms"]);
+    let mut table =
+        output::table(["case", "length", "median ms", "fastest ms", "useful GFLOP/s", "first call ms"]);
     for timing in &report.timings {
         table.add_row([
             timing.case.to_string(),

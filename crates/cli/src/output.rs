@@ -58,9 +58,9 @@ pub(crate) fn write_json(path: &Path, value: &impl serde::Serialize) -> Result<(
 pub(crate) fn quiet_driver_panics() {
     let default = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |info| {
-        let in_bindings = info
-            .location()
-            .is_some_and(|location| ["cudarc", "wgpu", "cubecl"].iter().any(|name| location.file().contains(name)));
+        let in_bindings = info.location().is_some_and(|location| {
+            ["cudarc", "wgpu", "cubecl"].iter().any(|name| location.file().contains(name))
+        });
         if !in_bindings || std::env::var_os("RUST_BACKTRACE").is_some() {
             default(info);
         }

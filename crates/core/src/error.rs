@@ -103,7 +103,9 @@ pub enum Error {
     #[error("a window has 0 keys, expected at least 1 (the query's own)")]
     EmptyWindow,
     /// A route names a reach that is not there.
-    #[error("route {found} of batch {batch}, head {head}, token {token} is out of range, expected 0..{reaches}")]
+    #[error(
+        "route {found} of batch {batch}, head {head}, token {token} is out of range, expected 0..{reaches}"
+    )]
     RouteOutOfRange {
         /// The route.
         found: u8,

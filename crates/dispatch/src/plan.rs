@@ -163,9 +163,7 @@ impl Plan {
     /// [`Error::Runtime`].
     pub fn to_host(&self, client: &Client) -> Result<HostPlan> {
         let read = |handle: &Handle| -> Result<Vec<u32>> {
-            let bytes = client
-                .read_one(handle.clone())
-                .map_err(|error| Error::Runtime(error.to_string()))?;
+            let bytes = client.read_one(handle.clone()).map_err(|error| Error::Runtime(error.to_string()))?;
             Ok(bytemuck::pod_collect_to_vec(&bytes))
         };
         let (rows, counts) = (read(&self.rows)?, read(&self.list_counts)?);
@@ -222,12 +220,7 @@ fn router_row(shape: &Shape, list: u32, head_in_group: u32) -> u32 {
 }
 
 #[cube(launch_unchecked)]
-fn count_segments(
-    routes: &[u32],
-    segment_counts: &mut [u32],
-    shape: Shape,
-    #[comptime] reaches: u32,
-) {
+fn count_segments(routes: &[u32], segment_counts: &mut [u32], shape: Shape, #[comptime] reaches: u32) {
     if ABSOLUTE_POS >= (shape.lists * shape.segments) as usize {
         terminate!();
     }

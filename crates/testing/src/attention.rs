@@ -21,6 +21,11 @@ pub(crate) const PROPERTIES: &[Property] = &[
         run: attention_equals_the_oracle,
     },
     Property {
+        name: "wide_heads_equal_the_oracle",
+        claim: "head dim 256 gives the oracle's output and log-sum-exp",
+        run: wide_heads_equal_the_oracle,
+    },
+    Property {
         name: "long_windows_are_full",
         claim: "Window(n) with n >= length is full attention, and Far beyond it sees nothing",
         run: long_windows_are_full,
@@ -103,12 +108,7 @@ fn attend(device: &Device, case: &Case, on: &OnDevice, reach: Reach) -> Result<R
     run(Read::new(&device.client, &partial))
 }
 
-fn attend_partial(
-    device: &Device,
-    case: &Case,
-    on: &OnDevice,
-    reach: Reach,
-) -> bifocal::Result<Partial> {
+fn attend_partial(device: &Device, case: &Case, on: &OnDevice, reach: Reach) -> bifocal::Result<Partial> {
     let problem = case.problem();
     let partial = Partial::poisoned(&device.client, &problem, case.out_element())?;
     operator(reach).attend(&device.client, &problem, &on.inputs(), Rows::All, &partial)?;
@@ -119,6 +119,19 @@ fn attention_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), St
     refute(effort, (cases(&device.profile), reaches()), |(case, reach)| {
         let data = Data::new(&case);
         let on = run(data.upload(&device.client))?;
+        let read = attend(device, &case, &on, reach)?;
+        Expected::new(&case, &data, |_, _, _| Some(reach)).accepts(&read)
+    })
+}
+
+fn wide_heads_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
+    // One element type, so that one kernel is compiled however many cases there are.
+    refute(effort, (cases(&device.profile), windows()), |(case, window)| {
+        let case = Case { head_dim: 256, value_dim: 256, softcap: false, sink_logits: false, ..case };
+        let case = Case { element: Element::F32, out_f32: true, ..case };
+        let data = Data::new(&case);
+        let on = run(data.upload(&device.client))?;
+        let reach = Reach::Window(window);
         let read = attend(device, &case, &on, reach)?;
         Expected::new(&case, &data, |_, _, _| Some(reach)).accepts(&read)
     })
@@ -238,9 +251,7 @@ fn strides_do_not_matter(device: &Device, effort: Effort) -> Result<(), String> 
         let mut data = Data::new(&case);
         if broadcast {
             // One sequence's keys and values for all.
-            for (values, dim) in
-                [(&mut data.key, case.head_dim), (&mut data.value, case.value_dim)]
-            {
+            for (values, dim) in [(&mut data.key, case.head_dim), (&mut data.value, case.value_dim)] {
                 let one = values[..case.kv_heads * case.key_len * dim].to_vec();
                 values.chunks_mut(one.len()).for_each(|chunk| chunk.copy_from_slice(&one));
             }
@@ -269,8 +280,10 @@ fn strides_do_not_matter(device: &Device, effort: Effort) -> Result<(), String> 
         run(operator(reach).attend(client, &problem, &on.inputs(), Rows::All, &partial))?;
         // Token-major [B, T, H, D] read as [B, H', T', D] with H' = T: moving it again is the way back.
         let [b, h, t, d] = shape;
-        let read =
-            Read { out: token_major(&run(flat.to_f32(client))?, [b, t, h, d]).0, lse: run(partial.lse.to_f32(client))? };
+        let read = Read {
+            out: token_major(&run(flat.to_f32(client))?, [b, t, h, d]).0,
+            lse: run(partial.lse.to_f32(client))?,
+        };
         Expected::new(&case, &data, |_, _, _| Some(reach)).accepts(&read)
     })
 }
@@ -334,10 +347,8 @@ fn aha_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> 
         let on = run(data.upload(&device.client))?;
         let routes = HostRoutes::new(&case, &routing, 2);
         let read = aha(device, &case, &on, &routes, window)?;
-        Expected::new(&case, &data, |b, h, t| {
-            near_or_far(routes.at(case.heads(), b, h, t) == 1, window)
-        })
-        .accepts(&read)
+        Expected::new(&case, &data, |b, h, t| near_or_far(routes.at(case.heads(), b, h, t) == 1, window))
+            .accepts(&read)
     })
 }
 
@@ -357,8 +368,7 @@ fn one_reach_for_all_is_that_branch(device: &Device, effort: Effort) -> Result<(
 }
 
 fn one_flipped_route_changes_one_row(device: &Device, effort: Effort) -> Result<(), String> {
-    let strategy =
-        (cases(&device.profile), 1..6usize, routings(), any::<prop::sample::Index>());
+    let strategy = (cases(&device.profile), 1..6usize, routings(), any::<prop::sample::Index>());
     refute(effort, strategy, |(case, window, routing, at)| {
         let case = Case { out_f32: true, magnitude: 1.0, ..case };
         let window = run(Window::new(window))?;
@@ -382,10 +392,8 @@ fn one_flipped_route_changes_one_row(device: &Device, effort: Effort) -> Result<
             let (batch, head) = (head / case.heads(), head % case.heads());
             let is_flipped = marker.at(case.heads(), batch, head, token) == 1;
             let expected = if is_flipped { &branch } else { &before };
-            let of = |read: &Read| Read {
-                out: read.out[row * dim..][..dim].to_vec(),
-                lse: vec![read.lse[row]],
-            };
+            let of =
+                |read: &Read| Read { out: read.out[row * dim..][..dim].to_vec(), lse: vec![read.lse[row]] };
             agree(&of(expected), &of(&after), tolerance)
                 .map_err(|error| format!("row {row} (flipped: {is_flipped}): {error}"))?;
         }
@@ -427,8 +435,7 @@ fn unrouted_rows_stay_untouched(device: &Device, effort: Effort) -> Result<(), S
 fn multi_window_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
     let windows = prop::sample::subsequence(vec![1usize, 2, 7, 16, 33, 64, 200], 1..4);
     refute(effort, (cases(&device.profile), windows, routings()), |(case, windows, routing)| {
-        let windows: Vec<Window> =
-            run(windows.into_iter().map(Window::new).collect::<bifocal::Result<_>>())?;
+        let windows: Vec<Window> = run(windows.into_iter().map(Window::new).collect::<bifocal::Result<_>>())?;
         let data = Data::new(&case);
         let on = run(data.upload(&device.client))?;
         let lens = run(MultiWindow::new(&windows))?;
@@ -459,9 +466,7 @@ fn l2a_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> 
         Expected::new(&case, &data, |_, _, _| Some(Reach::Window(window)))
             .accepts(&run(Read::new(client, &local))?)?;
         let global = run(lens.global(client, &problem, &inputs, &on_device))?;
-        Expected::new(&case, &data, |b, h, t| {
-            (routes.at(case.heads(), b, h, t) == 1).then_some(Reach::All)
-        })
-        .accepts(&run(Read::new(client, &global))?)
+        Expected::new(&case, &data, |b, h, t| (routes.at(case.heads(), b, h, t) == 1).then_some(Reach::All))
+            .accepts(&run(Read::new(client, &global))?)
     })
 }

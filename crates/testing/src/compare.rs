@@ -78,12 +78,7 @@ fn worst(exact: &[f64], found: impl Iterator<Item = f32>) -> f64 {
 }
 
 /// Whether `found` is `exact` within `tolerance`; NaN matches NaN alone, an infinity itself alone.
-pub(crate) fn near(
-    what: &str,
-    exact: &[f64],
-    found: &[f32],
-    tolerance: f64,
-) -> Result<(), String> {
+pub(crate) fn near(what: &str, exact: &[f64], found: &[f32], tolerance: f64) -> Result<(), String> {
     if exact.len() != found.len() {
         return Err(format!("{what} has {} elements, expected {}", found.len(), exact.len()));
     }

@@ -30,9 +30,7 @@ impl Data {
     pub(crate) fn new(case: &Case) -> Self {
         let mut rng = SmallRng::seed_from_u64(case.seed);
         let mut draw = |n: usize, magnitude: f32| -> Vec<f32> {
-            (0..n)
-                .map(|_| round(case.element, rng.random_range(-1.7f32..1.7) * magnitude))
-                .collect()
+            (0..n).map(|_| round(case.element, rng.random_range(-1.7f32..1.7) * magnitude)).collect()
         };
         let keys = case.batch * case.kv_heads * case.key_len;
         Self {

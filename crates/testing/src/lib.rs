@@ -85,16 +85,11 @@ fn refute<S: Strategy>(
     strategy: S,
     holds: impl Fn(S::Value) -> Result<(), String>,
 ) -> Result<(), String> {
-    let config = Config {
-        cases: effort.cases,
-        failure_persistence: None,
-        max_shrink_iters: 200,
-        ..Config::default()
-    };
+    let config =
+        Config { cases: effort.cases, failure_persistence: None, max_shrink_iters: 200, ..Config::default() };
     let mut seed = [0; 32];
     seed[..8].copy_from_slice(&effort.seed.to_le_bytes());
-    let mut runner =
-        TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
+    let mut runner = TestRunner::new_with_rng(config, TestRng::from_seed(RngAlgorithm::ChaCha, &seed));
     runner
         .run(&strategy, |case| holds(case).map_err(TestCaseError::fail))
         .map_err(|failure| failure.to_string())

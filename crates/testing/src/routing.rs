@@ -1,8 +1,8 @@
 //! What routers, plans and combinations satisfy.
 
 use bifocal::{
-    Element, Error, FixedRouter, INVALID_ROUTE, INVALID_ROW, LinearChoice, LinearGate, Partial,
-    RandomRouter, RouteGeometry, Router, Routes, Tensor, Threshold,
+    Element, Error, FixedRouter, INVALID_ROUTE, INVALID_ROW, LinearChoice, LinearGate, Partial, RandomRouter,
+    RouteGeometry, Router, Routes, Tensor, Threshold,
 };
 use bifocal_reference::{self as reference, Array};
 use proptest::{prelude::*, sample::select};
@@ -92,8 +92,9 @@ impl RouterCase {
 
     fn data(&self) -> RouterData {
         let mut rng = SmallRng::seed_from_u64(self.seed);
-        let mut draw =
-            |n: usize| -> Vec<f32> { (0..n).map(|_| round(self.element, rng.random_range(-1.0..1.0))).collect() };
+        let mut draw = |n: usize| -> Vec<f32> {
+            (0..n).map(|_| round(self.element, rng.random_range(-1.0..1.0))).collect()
+        };
         RouterData {
             hidden: draw(self.batch * self.tokens * self.model_dim),
             weight: draw(self.model_dim * self.columns()),
@@ -135,8 +136,10 @@ fn wide(values: &[f32]) -> Vec<f64> {
 /// Counts per batch and router head: the tokens on each reach.
 fn count(routes: &[u8], tokens: usize, reaches: usize) -> Vec<Vec<u32>> {
     let rows = routes.chunks(tokens);
-    rows.map(|row| (0..reaches).map(|k| row.iter().filter(|&&r| usize::from(r) == k).count() as u32).collect())
-        .collect()
+    rows.map(|row| {
+        (0..reaches).map(|k| row.iter().filter(|&&r| usize::from(r) == k).count() as u32).collect()
+    })
+    .collect()
 }
 
 fn gates_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
@@ -257,8 +260,7 @@ fn assigned_routes_are_as_told(device: &Device, effort: Effort) -> Result<(), St
 }
 
 fn nan_scores_never_pass_silently(device: &Device, effort: Effort) -> Result<(), String> {
-    let strategy =
-        (cases(&device.profile), windows(), any::<prop::sample::Index>(), any::<bool>());
+    let strategy = (cases(&device.profile), windows(), any::<prop::sample::Index>(), any::<bool>());
     refute(effort, strategy, |(case, window, at, softmax)| {
         let client = &device.client;
         let model_dim = 8;
@@ -288,7 +290,8 @@ fn nan_scores_never_pass_silently(device: &Device, effort: Effort) -> Result<(),
         let data = Data::new(&case);
         let on = run(data.upload(client))?;
         let problem = case.problem();
-        let partial = run(bifocal::Aha::new(window).attend(client, &problem, &on.inputs(), &decision.routes))?;
+        let partial =
+            run(bifocal::Aha::new(window).attend(client, &problem, &on.inputs(), &decision.routes))?;
         let read = run(Read::new(client, &partial))?;
         for (row, lse) in read.lse.iter().enumerate() {
             let is_bad = row % case.query_len == bad && row / (case.query_len * case.heads()) == 0;
@@ -316,8 +319,7 @@ fn plans_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String>
             routes.routes[0] = INVALID_ROUTE;
             let geometry = routes.geometry;
             let mut bytes = vec![0; geometry.bytes()];
-            for (row, tokens) in
-                bytes.chunks_mut(geometry.pitch()).zip(routes.routes.chunks(geometry.tokens))
+            for (row, tokens) in bytes.chunks_mut(geometry.pitch()).zip(routes.routes.chunks(geometry.tokens))
             {
                 row[..tokens.len()].copy_from_slice(tokens);
             }
@@ -338,9 +340,7 @@ fn plans_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String>
                     return Err(format!("an item of {count} rows"));
                 }
                 for entry in first..first + count {
-                    *covered[list as usize]
-                        .get_mut(entry as usize)
-                        .ok_or("an item beyond its list")? += 1;
+                    *covered[list as usize].get_mut(entry as usize).ok_or("an item beyond its list")? += 1;
                 }
             }
             if covered.iter().flatten().any(|&times| times != 1) {

@@ -64,8 +64,7 @@ pub fn attend(
         .ok_or_else(|| Error::option("reach", reach, "a reach that this engine knows"))?;
 
     let routed = matches!(rows, Rows::Routed(_));
-    let blueprint =
-        Blueprint::new(problem, &profile, visibility, routed, inputs.sink_logits.is_some());
+    let blueprint = Blueprint::new(problem, &profile, visibility, routed, inputs.sink_logits.is_some());
     let item_rows = item_rows(&profile);
     // Buffers that the compiled kernel does not read still have to be bound.
     let unused = inputs.query.handle();
@@ -170,7 +169,5 @@ fn tensor_arg<const RANK: usize>(tensor: &Tensor<RANK>) -> BufferArg {
 
 fn words(handle: &Handle) -> BufferArg {
     // SAFETY: the length is the buffer's own.
-    unsafe {
-        BufferArg::from_raw_parts(handle.clone(), handle.size_in_used() as usize / Element::F32.size())
-    }
+    unsafe { BufferArg::from_raw_parts(handle.clone(), handle.size_in_used() as usize / Element::F32.size()) }
 }

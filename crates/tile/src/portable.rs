@@ -328,9 +328,7 @@ fn fold<E: Float, R: Size>(
         if comptime![blueprint.staged] {
             let unmasked = match blueprint.visibility {
                 Visibility::All => next <= first_position + 1,
-                Visibility::Window => {
-                    next <= first_position + 1 && at > last_position - numbers.window
-                }
+                Visibility::Window => next <= first_position + 1 && at > last_position - numbers.window,
                 Visibility::SinksAndWindow => {
                     next <= first_position + 1
                         && (next <= numbers.sinks || at > last_position - numbers.window)
@@ -412,9 +410,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         let head = kv_head_in_batch * numbers.group + row % numbers.group;
         tokens[lane] = token;
         heads[lane] = head;
-        query_offsets[lane] = (batch * query_strides.batch
-            + head * query_strides.head
-            + token * query_strides.token) as usize;
+        query_offsets[lane] =
+            (batch * query_strides.batch + head * query_strides.head + token * query_strides.token) as usize;
         positions.insert(lane, token as i32 + numbers.first_position);
     }
 
@@ -493,9 +490,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     for lane in 0..lanes {
         let token = tokens[lane];
         let head = heads[lane];
-        out_offsets[lane] = (batch * out_strides.batch
-            + head * out_strides.head
-            + token * out_strides.token) as usize;
+        out_offsets[lane] =
+            (batch * out_strides.batch + head * out_strides.head + token * out_strides.token) as usize;
         if comptime![lane as u32] < row_count {
             let row = (batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
             lse[row as usize] = select(invalid[lane], numbers.nan, log_sum_exp.extract(lane));

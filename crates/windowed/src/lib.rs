@@ -41,12 +41,7 @@ impl AttentionOperator for Windowed {
         }
     }
 
-    fn supports(
-        &self,
-        routine: Routine,
-        problem: &Problem,
-        profile: &DeviceProfile,
-    ) -> Result<(), Refusal> {
+    fn supports(&self, routine: Routine, problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
         bifocal_tile::supports(routine, problem, profile)
     }
 

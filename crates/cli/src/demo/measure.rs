@@ -99,5 +99,10 @@ fn far_by_bin(attended: &Attended) -> Result<Vec<Vec<f64>>> {
     let [_, _, tokens] = attended.routing.shape();
     let width = tokens.div_ceil(BINS);
     let share = |bin: &[u8]| bin.iter().map(|&route| f64::from(route)).sum::<f64>() / bin.len() as f64;
-    Ok(attended.routing.to_host()?.chunks(tokens).map(|head| head.chunks(width).map(share).collect()).collect())
+    Ok(attended
+        .routing
+        .to_host()?
+        .chunks(tokens)
+        .map(|head| head.chunks(width).map(share).collect())
+        .collect())
 }

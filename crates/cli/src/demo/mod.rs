@@ -79,7 +79,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             shape.window,
             options.seed,
         );
-        println!("The weights are random, not trained: routes show the mechanism, not what language needs.\n");
+        println!(
+            "The weights are random, not trained: routes show the mechanism, not what language needs.\n"
+        );
     }
 
     let ids: Vec<i32> = tokens.iter().map(|&byte| i32::from(byte)).collect();
@@ -128,8 +130,8 @@ fn tokenise(options: &Options) -> Result<(String, Vec<u8>)> {
         None => ("Bifocal's book".to_string(), BOOK.concat()),
         Some(path) => {
             let bytes = std::fs::read(path).with_context(|| format!("cannot read {}", path.display()))?;
-            let text = String::from_utf8(bytes)
-                .with_context(|| format!("{} is not UTF-8 text", path.display()))?;
+            let text =
+                String::from_utf8(bytes).with_context(|| format!("{} is not UTF-8 text", path.display()))?;
             (path.display().to_string(), text)
         }
     };

@@ -101,12 +101,7 @@ pub trait AttentionOperator {
     ///
     /// # Errors
     /// The [`Refusal`] says why not.
-    fn supports(
-        &self,
-        routine: Routine,
-        problem: &Problem,
-        profile: &DeviceProfile,
-    ) -> Result<(), Refusal>;
+    fn supports(&self, routine: Routine, problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal>;
 
     /// Computes `rows` of `problem` into `partial` and leaves other rows untouched. Returns the routine it chose.
     /// Nothing is read back to the host.

@@ -22,9 +22,8 @@ impl Decision {
     /// [`Error::InvalidScores`] when any score was NaN; [`Error::Runtime`].
     pub fn counts(&self, client: &Client) -> Result<Vec<Vec<u32>>> {
         let RouteGeometry { reaches, .. } = self.routes.geometry();
-        let bytes = client
-            .read_one(self.counts.clone())
-            .map_err(|error| Error::Runtime(error.to_string()))?;
+        let bytes =
+            client.read_one(self.counts.clone()).map_err(|error| Error::Runtime(error.to_string()))?;
         let counts: Vec<u32> = bytemuck::pod_collect_to_vec(&bytes);
         let rows = counts.chunks_exact(reaches + 1);
         let invalid: u32 = rows.clone().map(|row| row[reaches]).sum();

@@ -63,8 +63,7 @@ impl RouteGeometry {
         let heads = [1, problem.kv_heads, problem.heads];
         if self.batch != problem.batch || self.tokens != problem.query_len || !heads.contains(&self.heads) {
             let (batch, tokens) = (problem.batch, problem.query_len);
-            let expected =
-                format!("[{batch}, 1 or {} or {}, {tokens}]", problem.kv_heads, problem.heads);
+            let expected = format!("[{batch}, 1 or {} or {}, {tokens}]", problem.kv_heads, problem.heads);
             return Err(Error::shape("routes", expected, &[self.batch, self.heads, self.tokens]));
         }
         Ok(())
@@ -128,9 +127,8 @@ impl Routes {
     /// # Errors
     /// [`Error::Runtime`].
     pub fn to_host(&self, client: &Client) -> Result<Vec<u8>> {
-        let bytes = client
-            .read_one(self.handle.clone())
-            .map_err(|error| Error::Runtime(error.to_string()))?;
+        let bytes =
+            client.read_one(self.handle.clone()).map_err(|error| Error::Runtime(error.to_string()))?;
         let RouteGeometry { tokens, .. } = self.geometry;
         let rows = bytes[..self.geometry.bytes()].chunks(self.geometry.pitch());
         Ok(rows.flat_map(|row| row[..tokens].iter().copied()).collect())

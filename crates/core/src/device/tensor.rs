@@ -49,12 +49,7 @@ impl<const RANK: usize> Tensor<RANK> {
     ///
     /// # Errors
     /// [`Error::Shape`] when there are more or fewer values than the shape holds; [`Error::Element`] for `U8`.
-    pub fn from_f32(
-        client: &Client,
-        shape: [usize; RANK],
-        element: Element,
-        values: &[f32],
-    ) -> Result<Self> {
+    pub fn from_f32(client: &Client, shape: [usize; RANK], element: Element, values: &[f32]) -> Result<Self> {
         if values.len() != shape.iter().product::<usize>() {
             let expected = format!("{} values", shape.iter().product::<usize>());
             return Err(Error::shape("the host data", expected, &[values.len()]));
@@ -94,9 +89,8 @@ impl<const RANK: usize> Tensor<RANK> {
     /// [`Error::Runtime`] when an earlier kernel failed; [`Error::NotContiguous`].
     pub fn to_f32(&self, client: &Client) -> Result<Vec<f32>> {
         self.view().check_contiguous("a tensor read back")?;
-        let bytes = client
-            .read_one(self.handle.clone())
-            .map_err(|error| Error::Runtime(error.to_string()))?;
+        let bytes =
+            client.read_one(self.handle.clone()).map_err(|error| Error::Runtime(error.to_string()))?;
         let bytes = &bytes[..self.shape.iter().product::<usize>() * self.element.size()];
         Ok(match self.element {
             Element::F32 => bytemuck::pod_collect_to_vec(bytes),
@@ -112,12 +106,7 @@ impl<const RANK: usize> Tensor<RANK> {
 
     /// Borrows the tensor.
     pub fn view(&self) -> TensorView<'_, RANK> {
-        TensorView {
-            handle: &self.handle,
-            element: self.element,
-            shape: self.shape,
-            strides: self.strides,
-        }
+        TensorView { handle: &self.handle, element: self.element, shape: self.shape, strides: self.strides }
     }
 
     /// The buffer.

@@ -1,0 +1,184 @@
+#!/usr/bin/env python3
+"""Times PyTorch's attention on an NVIDIA GPU: dense causal SDPA (flash and cuDNN) and a FlexAttention window.
+
+The numbers to hold `bifocal bench --device cuda --element bf16` against: the same shapes, device events around each
+call, inputs that rotate through more memory than the caches hold, and field names alike. Needs PyTorch with CUDA;
+prints one JSON object. A case that this machine or this PyTorch cannot run is listed with its reason.
+
+  sdpa_flash    causal, every key up to the query's own (compare with `full`)
+  sdpa_cudnn    the same by cuDNN
+  flex_window   FlexAttention, compiled, with a block mask of the window (compare with `windowed`)
+  flex_full     FlexAttention, compiled, causal
+"""
+
+import argparse
+import json
+import statistics
+import sys
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention as sdpa
+
+CASES = ["sdpa_flash", "sdpa_cudnn", "flex_window", "flex_full"]
+
+# Bytes of inputs to rotate through at least.
+ROTATION_BYTES = 256 << 20
+
+
+def useful_pairs(length, window):
+    """Pairs of a query and a key that a causal window of `window` keys, the query's own included, shows."""
+    full = min(length, window)
+    return full * (full + 1) // 2 + (length - full) * window
+
+
+def dense(backend):
+    """A call of dense causal attention that is held to one backend, so that no other takes its place."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    def call(q, k, v):
+        with sdpa_kernel(getattr(SDPBackend, backend)):
+            return sdpa(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+
+    return call
+
+
+def flex(length, window):
+    """A call of compiled FlexAttention. The block mask is built once, outside of what is timed."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def visible(batch, head, query, key):
+        return (key <= query) & (key > query - window)
+
+    mask = create_block_mask(visible, B=None, H=None, Q_LEN=length, KV_LEN=length, device="cuda")
+    compiled = torch.compile(flex_attention, dynamic=False)
+    return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def prepare(case, length, window):
+    if case == "sdpa_flash":
+        return dense("FLASH_ATTENTION")
+    if case == "sdpa_cudnn":
+        return dense("CUDNN_ATTENTION")
+    return flex(length, window if case == "flex_window" else length)
+
+
+def measure(call, sets, runs):
+    """Milliseconds of the first call and of each timed one, by device events."""
+
+    def once(run):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        start.record()
+        call(*sets[run % len(sets)])
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+    first = once(0)
+    # Clocks rise and allocators settle.
+    for run in range(10):
+        once(run)
+    return first, [once(run) for run in range(runs)]
+
+
+def error_of(out, q, k, v, window):
+    """Largest difference to the formula in float64, for the last queries of the first head."""
+    rows = min(64, q.shape[2])
+    length = q.shape[2]
+    q, k, v = q[0, 0, -rows:].double(), k[0, 0].double(), v[0, 0].double()
+    i = torch.arange(length - rows, length, device=q.device)[:, None]
+    j = torch.arange(length, device=q.device)[None, :]
+    scores = (q @ k.T) * q.shape[1] ** -0.5
+    scores = scores.masked_fill((j > i) | (j <= i - window), float("-inf"))
+    return (torch.softmax(scores, -1) @ v - out[0, 0, -rows:].double()).abs().max().item()
+
+
+def arguments():
+    def numbers(text):
+        return [int(n) for n in text.split(",")]
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--heads", type=int, default=32)
+    parser.add_argument("--kv-heads", type=int, help="as many as query heads unless given")
+    parser.add_argument("--head-dim", type=int, default=128)
+    parser.add_argument("--lengths", type=numbers, default=[8192, 32768])
+    parser.add_argument("--window", type=int, default=256, help="keys, the query's own included")
+    parser.add_argument("--cases", type=lambda text: text.split(","), default=CASES, help=",".join(CASES))
+    parser.add_argument("--runs", type=int, default=21, help="timed runs per case; the median is reported")
+    parser.add_argument("--json", metavar="FILE", help="write the JSON there instead of to standard output")
+    args = parser.parse_args()
+    unknown = [case for case in args.cases if case not in CASES]
+    if unknown:
+        parser.error(f"unknown case {unknown[0]}, expected some of {','.join(CASES)}")
+    if args.kv_heads is None:
+        args.kv_heads = args.heads
+    return args
+
+
+@torch.inference_mode()
+def main():
+    args = arguments()
+    if not torch.cuda.is_available():
+        sys.exit("no CUDA device, or a PyTorch without CUDA")
+    torch.manual_seed(0)
+    timings, left_out = [], []
+    for length in args.lengths:
+        query = (args.batch, args.heads, length, args.head_dim)
+        key = (args.batch, args.kv_heads, length, args.head_dim)
+        size = 2 * args.batch * (args.heads + 2 * args.kv_heads) * length * args.head_dim
+        turns = max(1, min(16, -(-ROTATION_BYTES // size)))
+
+        def draw(shape):
+            return torch.empty(shape, device="cuda", dtype=torch.bfloat16).uniform_(-1.7, 1.7)
+
+        sets = [[draw(query), draw(key), draw(key)] for _ in range(turns)]
+        for case in args.cases:
+            window = args.window if case == "flex_window" else length
+            try:
+                call = prepare(case, length, window)
+                first, times = measure(call, sets, args.runs)
+                error = error_of(call(*sets[0]), *sets[0], window)
+            # A missing backend, kernel or compiler shows as one of many types, and must not end the other cases.
+            except Exception as reason:
+                left_out.append({"case": case, "length": length, "reason": str(reason).strip().splitlines()[:1]})
+                print(f"{case} {length}: cannot run: {reason}", file=sys.stderr)
+                continue
+            # bf16 keeps eight bits; more than this is another function, not another rounding.
+            if not error < 0.05:
+                sys.exit(f"{case} at {length} is off by {error}: it computes something else")
+            flop = 4.0 * args.head_dim * useful_pairs(length, window) * args.batch * args.heads
+            median = statistics.median_low(times)
+            timings.append(
+                {
+                    "case": case,
+                    "length": length,
+                    "first_call_ms": first,
+                    "median_ms": median,
+                    "fastest_ms": min(times),
+                    "useful_flop": flop,
+                    "useful_gflops": flop / median / 1e6,
+                }
+            )
+            print(f"{case} {length}: {median:.3f} ms, {flop / median / 1e6:.0f} GFLOP/s", file=sys.stderr)
+    report = {
+        "device": "cuda",
+        "name": torch.cuda.get_device_name(),
+        "library": f"torch {torch.__version__}, cuDNN {torch.backends.cudnn.version()}",
+        "element": "bf16",
+        "batch": args.batch,
+        "heads": args.heads,
+        "kv_heads": args.kv_heads,
+        "head_dim": args.head_dim,
+        "window": args.window,
+        "runs": args.runs,
+        "timings": timings,
+        "left_out": left_out,
+    }
+    with open(args.json, "w") if args.json else sys.stdout as file:
+        json.dump(report, file, indent=2)
+        file.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,208 @@
+//! Bad input gives a typed error that names what was expected and found: never a panic, never a wrong number.
+
+use bifocal::{
+    Aha, AttentionOperator, Element, Error, Full, Inputs, L2a, LinearChoice, LinearGate, MultiWindow,
+    Partial, Plan, Problem, RouteGeometry, Router, Routes, Rows, Tensor, Threshold, Window, Windowed,
+    cubecl::client::Client,
+};
+
+fn cpu() -> Client {
+    bifocal::open("cpu").expect("the CPU runtime is in this build")
+}
+
+fn tensor(client: &Client, shape: [usize; 4]) -> Tensor<4> {
+    Tensor::filled(client, shape, Element::F32, 0.5).expect("room for a small tensor")
+}
+
+/// Attends with the given shapes and returns the error.
+fn refusal(query: [usize; 4], key: [usize; 4], value: [usize; 4]) -> Error {
+    let client = cpu();
+    let (q, k, v) = (tensor(&client, query), tensor(&client, key), tensor(&client, value));
+    let inputs = Inputs::new(q.view(), k.view(), v.view());
+    let attend = |problem: Problem| {
+        let partial = Partial::empty(&client, &problem, Element::F32);
+        Full.attend(&client, &problem, &inputs, Rows::All, &partial)
+    };
+    inputs.problem().and_then(attend).expect_err("impossible shapes")
+}
+
+#[test]
+fn shapes_that_do_not_fit() {
+    let error = refusal([1, 4, 8, 32], [1, 2, 8, 64], [1, 2, 8, 32]);
+    assert_eq!(error.to_string(), "key has shape [1, 2, 8, 64], expected [1, Hk, Tk, 32]");
+    let error = refusal([1, 4, 8, 32], [1, 2, 8, 32], [1, 2, 9, 32]);
+    assert!(matches!(error, Error::Shape { tensor: "value", .. }), "{error}");
+    let error = refusal([1, 3, 8, 32], [1, 2, 8, 32], [1, 2, 8, 32]);
+    assert_eq!(error, Error::HeadRatio { heads: 3, kv_heads: 2 });
+}
+
+#[test]
+fn empty_dimensions() {
+    for shape in [[0, 1, 8, 32], [1, 1, 0, 32], [1, 0, 8, 32], [1, 1, 8, 0]] {
+        let error = Problem::new(shape, shape, Element::F32).expect_err("an empty dimension");
+        assert!(matches!(error, Error::EmptyDimension { .. }), "{error}");
+    }
+}
+
+#[test]
+fn head_dims_and_types_that_no_routine_takes() {
+    let client = cpu();
+    let wide = tensor(&client, [1, 1, 2, 1024]);
+    let inputs = Inputs::new(wide.view(), wide.view(), wide.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let error = Full.attend(&client, &problem, &inputs, Rows::All, &partial).expect_err("too wide");
+    assert!(matches!(error, Error::Refused { operator: "full", .. }), "{error}");
+    assert!(error.to_string().contains("head dim 1024"), "{error}");
+
+    let small = tensor(&client, [1, 1, 2, 32]);
+    let bytes = Tensor::new(small.handle().clone(), Element::U8, small.shape(), small.strides());
+    let inputs = Inputs::new(bytes.view(), bytes.view(), bytes.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let error = Full.attend(&client, &problem, &inputs, Rows::All, &partial).expect_err("bytes");
+    assert!(matches!(error, Error::Refused { .. }), "{error}");
+}
+
+#[test]
+fn mixed_element_types() {
+    let client = cpu();
+    let q = tensor(&client, [1, 1, 4, 32]);
+    let k = Tensor::filled(&client, [1, 1, 4, 32], Element::F16, 0.5).expect("f16 on the CPU");
+    let inputs = Inputs::new(q.view(), k.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let error = Full.attend(&client, &problem, &inputs, Rows::All, &partial).expect_err("mixed types");
+    let expected = Error::Element { tensor: "key", expected: Element::F32, found: Element::F16 };
+    assert_eq!(error, expected);
+}
+
+#[test]
+fn memory_that_does_not_hold_what_strides_reach() {
+    let client = cpu();
+    let q = tensor(&client, [1, 1, 4, 32]);
+    let problem = Problem::new([1, 1, 4, 32], [1, 1, 4, 32], Element::F32).expect("a possible problem");
+    let attend = |key: Tensor<4>, partial: &Partial| {
+        let inputs = Inputs::new(q.view(), key.view(), q.view());
+        Full.attend(&client, &problem, &inputs, Rows::All, partial).expect_err("bad memory")
+    };
+    let good = Partial::empty(&client, &problem, Element::F32);
+    let shape = [1, 1, 4, 32];
+    let beyond = Tensor::new(q.handle().clone(), Element::F32, shape, [1000, 1000, 500, 1]);
+    assert!(matches!(attend(beyond, &good), Error::Buffer { tensor: "key", .. }));
+    let scattered = Tensor::new(q.handle().clone(), Element::F32, shape, [0, 0, 1, 4]);
+    assert!(matches!(attend(scattered, &good), Error::Stride { tensor: "key", found: 4 }));
+
+    let overlapping = Partial {
+        out: Tensor::new(good.out.handle().clone(), Element::F32, shape, [128, 128, 0, 1]),
+        lse: good.lse.clone(),
+    };
+    assert!(matches!(attend(q.clone(), &overlapping), Error::Overlap { .. }));
+    let problem_of_two = Problem::new([1, 2, 4, 32], shape, Element::F32).expect("a possible problem");
+    let two = Partial::empty(&client, &problem_of_two, Element::F32);
+    let lse = Tensor::new(two.lse.handle().clone(), Element::F32, [1, 2, 4], [0, 0, 1]);
+    let folded = Partial { out: two.out.clone(), lse };
+    let error = folded.check(&client, &problem_of_two).expect_err("rows of log-sum-exp share memory");
+    assert!(matches!(error, Error::NotContiguous { .. }), "{error}");
+}
+
+#[test]
+fn routes_out_of_range_or_of_another_shape() {
+    let client = cpu();
+    let geometry = RouteGeometry::new(1, 2, 3, 2).expect("a possible geometry");
+    let error = Routes::from_host(&client, geometry, &[0, 1, 0, 0, 2, 0]).expect_err("route 2 of 2");
+    let expected = Error::RouteOutOfRange { found: 2, reaches: 2, batch: 0, head: 1, token: 1 };
+    assert_eq!(error, expected);
+    assert!(Routes::from_host(&client, geometry, &[0; 5]).is_err());
+    assert!(RouteGeometry::new(1, 1, 0, 2).is_err());
+    assert!(RouteGeometry::new(1, 1, 1, 0).is_err());
+    assert!(RouteGeometry::new(1, 1, 1, 256).is_err());
+
+    let routes = Routes::from_host(&client, geometry, &[0; 6]).expect("good routes");
+    // Two router heads cannot serve three query heads; nor three tokens four.
+    for shape in [[1, 3, 3, 32], [1, 2, 4, 32], [2, 2, 3, 32]] {
+        let problem = Problem::new(shape, shape, Element::F32).expect("a possible problem");
+        let error = Plan::build(&client, &routes, &problem, 4).expect_err("routes of another shape");
+        assert!(matches!(error, Error::Shape { tensor: "routes", .. }), "{error}");
+    }
+    let problem = Problem::new([1, 2, 3, 32], [1, 2, 3, 32], Element::F32).expect("a possible problem");
+    assert!(Plan::build(&client, &routes, &problem, 0).is_err());
+    let plan = Plan::build(&client, &routes, &problem, 4).expect("a plan");
+    assert!(matches!(plan.rows(2), Err(Error::Option { .. })));
+}
+
+#[test]
+fn plans_for_another_problem_or_item_size() {
+    let client = cpu();
+    let geometry = RouteGeometry::new(1, 1, 8, 2).expect("a possible geometry");
+    let routes = Routes::from_host(&client, geometry, &[0; 8]).expect("good routes");
+    let (q, other) = (tensor(&client, [1, 2, 8, 32]), tensor(&client, [1, 4, 8, 32]));
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let others = Inputs::new(other.view(), other.view(), other.view());
+    let plan = bifocal::plan(&client, &others.problem().expect("a possible problem"), &routes);
+    let plan = plan.expect("a plan");
+    let rows = plan.far_rows().expect("rows");
+    let error = Full.attend(&client, &problem, &inputs, rows, &partial).expect_err("another plan");
+    assert!(matches!(error, Error::Shape { tensor: "the dispatch plan", .. }), "{error}");
+
+    let plan = Plan::build(&client, &routes, &problem, 1).expect("a plan of single rows");
+    let rows = plan.far_rows().expect("rows");
+    let error = Full.attend(&client, &problem, &inputs, rows, &partial).expect_err("item size");
+    assert!(matches!(error, Error::Option { .. }), "{error}");
+}
+
+#[test]
+fn options_that_make_no_sense() {
+    let client = cpu();
+    let weight = || Tensor::filled(&client, [8, 4], Element::F32, 0.1).expect("a weight");
+    assert_eq!(Window::new(0), Err(Error::EmptyWindow));
+    assert!(MultiWindow::new(&[]).is_err());
+    let window = |n| Window::new(n).expect("a window");
+    assert!(MultiWindow::new(&[window(8), window(4)]).is_err());
+    assert!(LinearGate::aha(weight()).with_temperature(0.0).is_err());
+    assert!(LinearGate::aha(weight()).with_threshold(Threshold::Above(1.0)).is_err());
+    assert!(LinearChoice::new(weight(), 3).is_err());
+    assert!(LinearChoice::new(weight(), 1).is_err());
+    let hidden = Tensor::filled(&client, [1, 5, 9], Element::F32, 0.1).expect("hidden states");
+    let error = LinearGate::aha(weight()).route(&client, hidden.view()).expect_err("8 is not 9");
+    assert_eq!(error.to_string(), "the router's weight has shape [8, 4], expected [9, 4]");
+}
+
+#[test]
+fn reaches_without_a_branch() {
+    let client = cpu();
+    let geometry = RouteGeometry::new(1, 1, 8, 3).expect("a possible geometry");
+    let routes = Routes::from_host(&client, geometry, &[0; 8]).expect("good routes");
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let window = Window::new(4).expect("a window");
+    let error = Aha::new(window).attend(&client, &problem, &inputs, &routes).expect_err("3 reaches");
+    assert!(matches!(error, Error::Option { option: "reaches of the routes", .. }), "{error}");
+    // L2A takes the last reach, however many there are.
+    assert!(L2a::new(window).global(&client, &problem, &inputs, &routes).is_ok());
+    assert!(Windowed::new(window).choose(&problem, &bifocal::DeviceProfile::of(&client)).is_ok());
+}
+
+#[test]
+fn devices_that_are_not_there() {
+    let error = bifocal::open("tpu").err().expect("no such runtime");
+    assert_eq!(error.to_string(), "no tpu device: expected cpu, wgpu or cuda");
+}
+
+#[test]
+fn tensors_of_another_device() {
+    let Ok(wgpu) = bifocal::open("wgpu") else {
+        println!("no second device to take a tensor from");
+        return;
+    };
+    let client = cpu();
+    let (q, far) = (tensor(&client, [1, 1, 4, 32]), tensor(&wgpu, [1, 1, 4, 32]));
+    let inputs = Inputs::new(q.view(), far.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let error = Full.attend(&client, &problem, &inputs, Rows::All, &partial).expect_err("two devices");
+    assert!(matches!(error, Error::DeviceMismatch { tensor: "key", .. }), "{error}");
+}
