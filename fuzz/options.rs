@@ -193,7 +193,8 @@ fn routes(bytes: &mut Unstructured<'_>) -> Result<()> {
         assert!((1..=255).contains(&geometry.reaches));
     }
     // The fields are public: a geometry may come from elsewhere than its constructor.
-    let geometry = RouteGeometry { batch, heads, tokens, reaches };
+    let mut geometry = RouteGeometry::new(1, 1, 1, 1).expect("the smallest geometry");
+    (geometry.batch, geometry.heads, geometry.tokens, geometry.reaches) = (batch, heads, tokens, reaches);
     let host = match bytes.int_in_range(0..=2)? {
         // As many as there should be, where that is not too much memory.
         0 => {

@@ -60,6 +60,12 @@ impl Problem {
         if !heads.is_multiple_of(kv_heads) {
             return Err(Error::HeadRatio { heads, kv_heads });
         }
+        let limit = u128::from(u32::MAX);
+        let heads_in_all = (batch as u128).saturating_mul(heads as u128);
+        if heads_in_all.saturating_mul(query_len as u128) > limit {
+            let size = heads_in_all.saturating_mul(query_len as u128);
+            return Err(Error::TooLarge { what: "query rows", size, limit });
+        }
         // Rows of a kv head are numbered below the bit that marks a row without a valid route, and differences of
         // two positions have to fit an i32.
         let limit = 1 << 30;
@@ -118,6 +124,16 @@ impl Problem {
         }
         self.softcap = Some(cap);
         Ok(self)
+    }
+
+    /// Checks the problem again: its fields are public, and kernels rely on all that [`Problem::new`] checks.
+    ///
+    /// # Errors
+    /// As [`Problem::new`] and [`Problem::with_value_dim`].
+    pub fn check(&self) -> Result<()> {
+        let query = [self.batch, self.heads, self.query_len, self.head_dim];
+        let key = [self.batch, self.kv_heads, self.key_len, self.head_dim];
+        Self::new(query, key, self.element)?.with_value_dim(self.value_dim).map(|_| ())
     }
 
     /// Query heads per kv head (G).

@@ -43,8 +43,9 @@ impl<'a> Inputs<'a> {
     /// Checks all that the kernels rely on.
     ///
     /// # Errors
-    /// As [`TensorView::check`].
+    /// As [`Problem::check`] and [`TensorView::check`].
     pub fn check(&self, client: &Client, problem: &Problem) -> Result<()> {
+        problem.check()?;
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, element, .. } =
             *problem;
         self.query.check("query", client, [batch, heads, query_len, head_dim], element)?;

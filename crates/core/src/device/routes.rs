@@ -7,6 +7,7 @@ pub const INVALID_ROUTE: u8 = u8::MAX;
 
 /// The shape of routes: `[batch, router heads, tokens]`, and how many reaches there are to choose from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct RouteGeometry {
     /// Sequences.
     pub batch: usize,
@@ -22,7 +23,7 @@ impl RouteGeometry {
     /// Checks that every dimension is at least 1 and that a byte can name the reaches.
     ///
     /// # Errors
-    /// [`Error::EmptyDimension`], [`Error::Option`].
+    /// [`Error::EmptyDimension`], [`Error::Option`], and [`Error::TooLarge`] for more than 2^32 - 1 routes.
     pub fn new(batch: usize, heads: usize, tokens: usize, reaches: usize) -> Result<Self> {
         for (dimension, size) in [("batch", batch), ("router heads", heads), ("tokens", tokens)] {
             if size == 0 {
@@ -32,7 +33,19 @@ impl RouteGeometry {
         if !(1..=usize::from(INVALID_ROUTE)).contains(&reaches) {
             return Err(Error::option("reaches", reaches, "1 to 255"));
         }
+        // Kernels number routes in 32 bits.
+        let limit = u128::from(u32::MAX);
+        let rows = (batch as u128).saturating_mul(heads as u128);
+        let size = rows.saturating_mul((tokens as u128).next_multiple_of(4));
+        if size > limit {
+            return Err(Error::TooLarge { what: "routes", size, limit });
+        }
         Ok(Self { batch, heads, tokens, reaches })
+    }
+
+    /// The geometry itself, checked again: its fields are public.
+    fn validated(self) -> Result<Self> {
+        Self::new(self.batch, self.heads, self.tokens, self.reaches)
     }
 
     /// Routes per sequence and head, rounded up to whole words of four: the pitch of a row in memory.
@@ -58,8 +71,9 @@ impl RouteGeometry {
     /// Checks that these routes can route `problem`: the same batch and tokens, and 1, Hk or H router heads.
     ///
     /// # Errors
-    /// [`Error::Shape`].
+    /// [`Error::Shape`]; as [`Problem::check`].
     pub fn check(&self, problem: &Problem) -> Result<()> {
+        problem.check()?;
         let heads = [1, problem.kv_heads, problem.heads];
         if self.batch != problem.batch || self.tokens != problem.query_len || !heads.contains(&self.heads) {
             let (batch, tokens) = (problem.batch, problem.query_len);
@@ -83,8 +97,9 @@ impl Routes {
     /// Copies routes from the host: `[B, R, T]`, row-major.
     ///
     /// # Errors
-    /// [`Error::Shape`] when their number is wrong, [`Error::RouteOutOfRange`] naming the first one that is.
+    /// As [`RouteGeometry::new`]; [`Error::Shape`] when their number is wrong, [`Error::RouteOutOfRange`] naming the first one that is.
     pub fn from_host(client: &Client, geometry: RouteGeometry, routes: &[u8]) -> Result<Self> {
+        let geometry = geometry.validated()?;
         if routes.len() != geometry.len() {
             let expected = format!("{} routes", geometry.len());
             return Err(Error::shape("the host routes", expected, &[routes.len()]));
@@ -111,8 +126,9 @@ impl Routes {
     /// Nothing is read back: a route that names no reach is treated like a NaN score, its outputs are NaN.
     ///
     /// # Errors
-    /// [`Error::Buffer`] when the buffer is too small, [`Error::DeviceMismatch`] when it is another device's.
+    /// As [`RouteGeometry::new`]; [`Error::Buffer`] when the buffer is too small, [`Error::DeviceMismatch`] when it is another device's.
     pub fn from_device(client: &Client, geometry: RouteGeometry, handle: Handle) -> Result<Self> {
+        let geometry = geometry.validated()?;
         let routes = Self { handle, geometry };
         routes.check_device(client)?;
         let (expected, found) = (geometry.bytes() as u64, routes.handle.size_in_used());

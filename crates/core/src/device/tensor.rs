@@ -22,13 +22,19 @@ pub struct TensorView<'a, const RANK: usize> {
     strides: [usize; RANK],
 }
 
-/// Row-major strides of a shape.
-pub(crate) fn contiguous<const RANK: usize>(shape: [usize; RANK]) -> [usize; RANK] {
-    let mut strides = [1; RANK];
+/// Row-major strides of a shape. Sizes that pass the address space saturate; no buffer is that large, so checks against
+/// one refuse them.
+fn contiguous<const RANK: usize>(shape: [usize; RANK]) -> [usize; RANK] {
+    let mut strides = [1usize; RANK];
     for axis in (0..RANK.saturating_sub(1)).rev() {
-        strides[axis] = strides[axis + 1] * shape[axis + 1];
+        strides[axis] = strides[axis + 1].saturating_mul(shape[axis + 1]);
     }
     strides
+}
+
+/// Elements of a shape; saturates likewise.
+fn elements(shape: &[usize]) -> usize {
+    shape.iter().fold(1usize, |product, &size| product.saturating_mul(size))
 }
 
 impl<const RANK: usize> Tensor<RANK> {
@@ -39,7 +45,7 @@ impl<const RANK: usize> Tensor<RANK> {
 
     /// A contiguous tensor of unspecified contents.
     pub fn empty(client: &Client, shape: [usize; RANK], element: Element) -> Self {
-        let bytes = shape.iter().product::<usize>() * element.size();
+        let bytes = elements(&shape).saturating_mul(element.size());
         // Kernels that read bytes read them four at a time.
         let handle = client.empty(bytes.next_multiple_of(4).max(4));
         Self::new(handle, element, shape, contiguous(shape))
@@ -50,8 +56,8 @@ impl<const RANK: usize> Tensor<RANK> {
     /// # Errors
     /// [`Error::Shape`] when there are more or fewer values than the shape holds; [`Error::Element`] for `U8`.
     pub fn from_f32(client: &Client, shape: [usize; RANK], element: Element, values: &[f32]) -> Result<Self> {
-        if values.len() != shape.iter().product::<usize>() {
-            let expected = format!("{} values", shape.iter().product::<usize>());
+        if values.len() != elements(&shape) {
+            let expected = format!("{} values", elements(&shape));
             return Err(Error::shape("the host data", expected, &[values.len()]));
         }
         let handle = match element {
@@ -80,7 +86,7 @@ impl<const RANK: usize> Tensor<RANK> {
     /// # Errors
     /// As [`Tensor::from_f32`].
     pub fn filled(client: &Client, shape: [usize; RANK], element: Element, value: f32) -> Result<Self> {
-        Self::from_f32(client, shape, element, &vec![value; shape.iter().product()])
+        Self::from_f32(client, shape, element, &vec![value; elements(&shape)])
     }
 
     /// Reads a contiguous float tensor back to the host, row-major. Waits for the device.
@@ -88,10 +94,16 @@ impl<const RANK: usize> Tensor<RANK> {
     /// # Errors
     /// [`Error::Runtime`] when an earlier kernel failed; [`Error::NotContiguous`].
     pub fn to_f32(&self, client: &Client) -> Result<Vec<f32>> {
-        self.view().check_contiguous("a tensor read back")?;
+        let view = self.view();
+        view.check_contiguous("a tensor read back")?;
+        let (expected, found) =
+            (elements(&self.shape).saturating_mul(self.element.size()), self.handle.size_in_used());
+        if expected as u64 > found {
+            return Err(Error::Buffer { tensor: "a tensor read back", expected: expected as u64, found });
+        }
         let bytes =
             client.read_one(self.handle.clone()).map_err(|error| Error::Runtime(error.to_string()))?;
-        let bytes = &bytes[..self.shape.iter().product::<usize>() * self.element.size()];
+        let bytes = &bytes[..elements(&self.shape).saturating_mul(self.element.size())];
         Ok(match self.element {
             Element::F32 => bytemuck::pod_collect_to_vec(bytes),
             Element::F16 => {
@@ -161,10 +173,12 @@ impl<'a, const RANK: usize> TensorView<'a, RANK> {
         self.strides
     }
 
-    /// Elements from the first to one past the last that shape and strides reach: what a kernel may index.
+    /// Elements from the first to one past the last that shape and strides reach: what a kernel may index. Saturates
+    /// where that passes the address space, which [`check`](Self::check) refuses.
     pub fn span(&self) -> usize {
-        let last: usize = self.shape.iter().zip(self.strides).map(|(&n, s)| n.saturating_sub(1) * s).sum();
-        last + 1
+        let reach = |(&size, stride): (&usize, usize)| size.saturating_sub(1).saturating_mul(stride);
+        let last = self.shape.iter().zip(self.strides).map(reach).fold(0usize, usize::saturating_add);
+        last.saturating_add(1)
     }
 
     /// Checks all that a kernel relies on: the shape, the element type, the device, a contiguous last
@@ -240,7 +254,7 @@ impl<'a, const RANK: usize> TensorView<'a, RANK> {
                 let (shape, found) = (self.shape.to_vec(), self.strides.to_vec());
                 return Err(Error::Overlap { tensor, shape, found });
             }
-            reached = self.strides[axis] * self.shape[axis];
+            reached = self.strides[axis].saturating_mul(self.shape[axis]);
         }
         Ok(())
     }
