@@ -1,10 +1,11 @@
 use bifocal_core::{
     Element, Error, Problem, Result,
-    device::{Partial, RouteGeometry, Routes, TensorView},
+    device::{
+        Partial, RouteGeometry, Routes, TensorView,
+        launch::{elements, grid, words},
+    },
 };
 use cubecl::client::Client;
-
-use crate::launch::{over, tensor, words};
 
 mod kernels;
 
@@ -21,17 +22,17 @@ pub fn merge(client: &Client, problem: &Problem, into: &Partial, from: &Partial)
     check(client, problem, from)?;
     check(client, problem, into)?;
     let rows = problem.batch * problem.heads * problem.query_len;
-    let (cubes, units) = over(client, rows);
+    let (cubes, units) = grid(client, rows);
     // SAFETY: both were checked against the problem; each unit checks its row.
     unsafe {
         merge_kernel::launch_unchecked(
             client,
             cubes,
             units,
-            tensor(from.out.view()),
-            tensor(from.lse.view()),
-            tensor(into.out.view()),
-            tensor(into.lse.view()),
+            elements(from.out.view()),
+            elements(from.lse.view()),
+            elements(into.out.view()),
+            elements(into.lse.view()),
             rows as u32,
             problem.value_dim as u32,
             f32::NEG_INFINITY,
@@ -63,16 +64,16 @@ pub fn mix(
     weights.check("the mixing weights", client, [batch, router_heads, tokens], Element::F32)?;
     weights.check_contiguous("the mixing weights")?;
     let rows = problem.batch * problem.heads * problem.query_len;
-    let (cubes, units) = over(client, rows);
+    let (cubes, units) = grid(client, rows);
     // SAFETY: as in `merge`.
     unsafe {
         mix_kernel::launch_unchecked(
             client,
             cubes,
             units,
-            tensor(weights),
-            tensor(far.out.view()),
-            tensor(into.out.view()),
+            elements(weights),
+            elements(far.out.view()),
+            elements(into.out.view()),
             RowsLaunch::new(
                 rows as u32,
                 problem.query_len as u32,
@@ -104,7 +105,7 @@ pub fn select(
 ) -> Result<()> {
     check(client, problem, from)?;
     let (geometry, rows) = check_routed(client, problem, routes, reach, into)?;
-    let (cubes, units) = over(client, rows.rows);
+    let (cubes, units) = grid(client, rows.rows);
     // SAFETY: as in `merge`.
     unsafe {
         select_kernel::launch_unchecked(
@@ -112,10 +113,10 @@ pub fn select(
             cubes,
             units,
             words(routes.handle()),
-            tensor(from.out.view()),
-            tensor(from.lse.view()),
-            tensor(into.out.view()),
-            tensor(into.lse.view()),
+            elements(from.out.view()),
+            elements(from.lse.view()),
+            elements(into.out.view()),
+            elements(into.lse.view()),
             rows.launch(),
             geometry.reaches as u32,
             reach as u32,
@@ -139,7 +140,7 @@ pub fn mask(
     partial: &Partial,
 ) -> Result<()> {
     let (geometry, rows) = check_routed(client, problem, routes, reach, partial)?;
-    let (cubes, units) = over(client, rows.rows);
+    let (cubes, units) = grid(client, rows.rows);
     // SAFETY: as in `merge`.
     unsafe {
         mask_kernel::launch_unchecked(
@@ -147,8 +148,8 @@ pub fn mask(
             cubes,
             units,
             words(routes.handle()),
-            tensor(partial.out.view()),
-            tensor(partial.lse.view()),
+            elements(partial.out.view()),
+            elements(partial.lse.view()),
             rows.launch(),
             geometry.reaches as u32,
             reach as u32,

@@ -5,7 +5,6 @@
 //! the attention operators make of them.
 
 mod combine;
-mod launch;
 mod plan;
 
 pub use combine::{mask, merge, mix, select};

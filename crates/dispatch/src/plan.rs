@@ -1,10 +1,11 @@
 use bifocal_core::{
     Error, Problem, Result,
-    device::{RouteGeometry, RoutedRows, Routes, Rows},
+    device::{
+        RouteGeometry, RoutedRows, Routes, Rows,
+        launch::{grid, words},
+    },
 };
 use cubecl::{client::Client, prelude::*, server::Handle};
-
-use crate::launch::{over, words};
 
 /// The bit of a row that marks it as having no valid route.
 pub const INVALID_ROW: u32 = 1 << 31;
@@ -92,7 +93,7 @@ impl Plan {
         let reaches = geometry.reaches as u32;
         // SAFETY: each unit checks its number against the work there is, and buffers have room for every row.
         unsafe {
-            let (cubes, units) = over(client, lists * segments);
+            let (cubes, units) = grid(client, lists * segments);
             count_segments::launch_unchecked(
                 client,
                 cubes.clone(),
@@ -113,7 +114,7 @@ impl Plan {
                 shape(),
                 reaches,
             );
-            let (cubes, units) = over(client, geometry.reaches * max_items);
+            let (cubes, units) = grid(client, geometry.reaches * max_items);
             cut_items::launch_unchecked(
                 client,
                 cubes,

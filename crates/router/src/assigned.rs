@@ -1,10 +1,10 @@
 use bifocal_core::{
     Error, Result,
-    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, TensorView},
+    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, TensorView, launch},
 };
 use cubecl::{client::Client, prelude::*};
 
-use crate::launch::{outputs, over_quads, words};
+use crate::launch::{outputs, over_quads};
 
 /// Routes every token of a router head the same way: all near, all far, or a static hybrid of heads
 /// (DuoAttention, arXiv 2410.10819). The hidden states lend only their shape.
@@ -141,9 +141,9 @@ fn assign(
             client,
             cubes,
             units,
-            words(&table),
-            words(routes.handle()),
-            words(&counts),
+            launch::words(&table),
+            launch::words(routes.handle()),
+            launch::words(&counts),
             batch as u32,
             heads as u32,
             tokens as u32,

@@ -1,12 +1,12 @@
-//! What both kernels of this crate share: their grid, their counters and their buffers.
+//! What both kernels of this crate share: their grid and their counters.
 
 use bifocal_core::{
     DeviceProfile, Error, Refusal, Refusals, Result, Routine,
-    device::{RouteGeometry, Routes},
+    device::{RouteGeometry, Routes, launch::grid},
 };
 use cubecl::{
     client::Client,
-    prelude::{BufferArg, CubeCount, CubeDim},
+    prelude::{CubeCount, CubeDim},
     server::Handle,
 };
 
@@ -28,10 +28,7 @@ pub(crate) fn over_quads(
     if size > limit {
         return Err(Error::TooLarge { what: "scores of a router", size, limit });
     }
-    let units = profile.cpu_cores.unwrap_or(64).min(profile.max_units_per_cube);
-    let cubes = quads.div_ceil(units as usize);
-    let rows = cubes.div_ceil(65_535);
-    Ok((CubeCount::Static(cubes.div_ceil(rows) as u32, rows as u32, 1), CubeDim::new_1d(units)))
+    Ok(grid(client, quads))
 }
 
 /// Room for routes, and counters that start at zero.
@@ -39,10 +36,4 @@ pub(crate) fn outputs(client: &Client, geometry: RouteGeometry) -> Result<(Route
     let routes = Routes::from_device(client, geometry, client.empty(geometry.bytes()))?;
     let counters = geometry.batch * geometry.heads * (geometry.reaches + 1);
     Ok((routes, client.create_from_slice(&vec![0; counters * 4])))
-}
-
-/// A buffer of 32-bit words.
-pub(crate) fn words(handle: &Handle) -> BufferArg {
-    // SAFETY: the length is the buffer's own.
-    unsafe { BufferArg::from_raw_parts(handle.clone(), handle.size_in_used() as usize / 4) }
 }

@@ -1,10 +1,10 @@
 use bifocal_core::{
     Element, Error, Result,
-    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Tensor, TensorView},
+    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Tensor, TensorView, launch},
 };
 use cubecl::{client::Client, prelude::*};
 
-use crate::launch::{outputs, over_quads, words};
+use crate::launch::{outputs, over_quads};
 
 /// When a gate opens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -182,25 +182,21 @@ fn route(
     let (cubes, units) = over_quads(client, router, geometry)?;
     let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
-    let view = |view: TensorView<'_, 3>| {
-        // SAFETY: checked above.
-        unsafe { BufferArg::from_raw_parts(view.handle().clone(), view.span()) }
-    };
     // SAFETY: spans were checked above; each unit checks its number against the quads there are.
     unsafe {
         linear_kernel::launch_unchecked(
             client,
             cubes,
             units,
-            view(hidden),
-            BufferArg::from_raw_parts(weight.handle().clone(), weight.view().span()),
+            launch::elements(hidden),
+            launch::elements(weight.view()),
             match bias {
-                Some(bias) => BufferArg::from_raw_parts(bias.handle().clone(), columns),
-                None => words(weight.handle()),
+                Some(bias) => launch::elements(bias.view()),
+                None => launch::words(weight.handle()),
             },
-            BufferArg::from_raw_parts(scores.handle().clone(), batch * columns * tokens),
-            words(routes.handle()),
-            words(&counts),
+            launch::elements(scores.view()),
+            launch::words(routes.handle()),
+            launch::words(&counts),
             LinearShapeLaunch::new(
                 batch as u32,
                 heads as u32,

@@ -1,12 +1,11 @@
 use bifocal_core::{
-    DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Inputs, Partial, Rows, Tensor, TensorView},
+    DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
+    device::{
+        Inputs, Partial, Rows,
+        launch::{elements, grid, words},
+    },
 };
-use cubecl::{
-    client::Client,
-    prelude::{BufferArg, CubeCount, CubeDim},
-    server::Handle,
-};
+use cubecl::client::Client;
 
 use crate::{
     blueprint::{Blueprint, item_rows},
@@ -91,8 +90,7 @@ pub fn attend(
         return Err(Error::TooLarge { what: "work items", size: max_items as u128, limit });
     }
 
-    let units = units_per_cube(&profile);
-    let cubes = grid(max_items.div_ceil(units as usize));
+    let (cubes, units) = grid(client, max_items);
     let numbers = NumbersLaunch::new(
         problem.kv_heads as u32,
         problem.group() as u32,
@@ -110,64 +108,39 @@ pub fn attend(
         f32::NEG_INFINITY,
         f32::NAN,
     );
-    let elements = [problem.element.into(), partial.out.element().into()];
+    let types = [problem.element.into(), partial.out.element().into()];
     // SAFETY: the checks above keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape.
     unsafe {
         attend_kernel::launch_unchecked(
             client,
             cubes,
-            CubeDim::new_1d(units),
-            view_arg(&inputs.query),
-            view_arg(&inputs.key),
-            view_arg(&inputs.value),
+            units,
+            elements(inputs.query),
+            elements(inputs.key),
+            elements(inputs.value),
             match &inputs.sink_logits {
-                Some(sinks) => view_arg(sinks),
+                Some(sinks) => elements(*sinks),
                 None => words(unused),
             },
             words(row_list),
             words(items),
             words(item_counts),
-            tensor_arg(&partial.out),
-            tensor_arg(&partial.lse),
+            elements(partial.out.view()),
+            elements(partial.lse.view()),
             strides(inputs.query.strides()),
             strides(inputs.key.strides()),
             strides(inputs.value.strides()),
             strides(partial.out.strides()),
             numbers,
             blueprint,
-            elements,
+            types,
             blueprint.lanes,
         );
     }
     Ok(routine)
 }
 
-/// On the CPU runtime every unit of a cube is a thread; elsewhere a cube should fill a few planes.
-fn units_per_cube(profile: &DeviceProfile) -> u32 {
-    profile.cpu_cores.unwrap_or(64).min(profile.max_units_per_cube)
-}
-
-/// Spreads cubes over two dimensions where one would pass the 65,535 that some devices allow.
-fn grid(cubes: usize) -> CubeCount {
-    let rows = cubes.div_ceil(65_535);
-    CubeCount::Static(cubes.div_ceil(rows.max(1)) as u32, rows.max(1) as u32, 1)
-}
-
 fn strides(strides: [usize; 4]) -> StridesLaunch {
     StridesLaunch::new(strides[0] as u32, strides[1] as u32, strides[2] as u32)
-}
-
-fn view_arg<const RANK: usize>(view: &TensorView<'_, RANK>) -> BufferArg {
-    // SAFETY: `TensorView::check` has compared the span with the buffer.
-    unsafe { BufferArg::from_raw_parts(view.handle().clone(), view.span()) }
-}
-
-fn tensor_arg<const RANK: usize>(tensor: &Tensor<RANK>) -> BufferArg {
-    view_arg(&tensor.view())
-}
-
-fn words(handle: &Handle) -> BufferArg {
-    // SAFETY: the length is the buffer's own.
-    unsafe { BufferArg::from_raw_parts(handle.clone(), handle.size_in_used() as usize / Element::F32.size()) }
 }

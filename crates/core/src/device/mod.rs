@@ -1,5 +1,6 @@
 //! Tensors in device memory, and the traits that operators and routers implement over them.
 
+pub mod launch;
 mod operator;
 mod partial;
 mod router;
