@@ -6,8 +6,26 @@ use bifocal::{
     cubecl::client::Client,
 };
 
-fn cpu() -> Client {
-    bifocal::open("cpu").expect("the CPU runtime is in this build")
+/// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
+/// computes can be taken down by it.
+struct Settled(Client);
+
+impl std::ops::Deref for Settled {
+    type Target = Client;
+
+    fn deref(&self) -> &Client {
+        &self.0
+    }
+}
+
+impl Drop for Settled {
+    fn drop(&mut self) {
+        bifocal::synchronise(&self.0).expect("what was queued could be done");
+    }
+}
+
+fn cpu() -> Settled {
+    Settled(bifocal::open("cpu").expect("the CPU runtime is in this build"))
 }
 
 fn tensor(client: &Client, shape: [usize; 4]) -> Tensor<4> {
@@ -194,7 +212,7 @@ fn devices_that_are_not_there() {
 
 #[test]
 fn tensors_of_another_device() {
-    let Ok(wgpu) = bifocal::open("wgpu") else {
+    let Ok(wgpu) = bifocal::open("wgpu").map(Settled) else {
         println!("no second device to take a tensor from");
         return;
     };

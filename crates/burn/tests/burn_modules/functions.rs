@@ -224,6 +224,14 @@ fn strided_tensors_are_read_as_they_are() {
         });
         let out = windowed_attention(q, k, v, window(5), &plain()).unwrap();
         assert_close(out, expected.clone(), TOLERANCE);
+        // Read backwards: Flex does that by negative strides.
+        let backwards = rows.clone().map(|tensor| host(tensor.flip([1])));
+        let [q, k, v] = [0, 1, 2].map(|i| {
+            let data = TensorData::new(backwards[i].clone(), rows[i].dims());
+            Tensor::<4>::from_data(data, (&device, DType::F32)).flip([1]).swap_dims(1, 2)
+        });
+        let out = windowed_attention(q, k, v, window(5), &plain()).unwrap();
+        assert_close(out, expected.clone(), TOLERANCE);
     }
 }
 

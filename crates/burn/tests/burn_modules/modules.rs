@@ -110,7 +110,8 @@ fn multi_window_is_its_composition() {
     let bias = module.router.bias.as_ref().unwrap().val();
     assert_eq!(host(bias.clone()), [0.0, 0.0, 0.2].repeat(4));
     let weight = module.router.weight.val();
-    let (_, routes) = composed::linear_choice(hidden.clone(), weight, Some(bias), 3).unwrap();
+    let (scores, routes) = composed::linear_choice(hidden.clone(), weight, Some(bias), 3).unwrap();
+    assert_close(found.routing.scores().unwrap().unwrap(), scores, TOLERANCE);
     let [q, k, v] = project(&hidden, &module.projections, module.rope.as_ref());
     let windows = [window(2), window(9)];
     let options = AttentionOptions::default();
@@ -121,13 +122,14 @@ fn multi_window_is_its_composition() {
 }
 
 #[rstest]
-#[case::as_in_the_paper(true)]
-#[case::without_qk_norm(false)]
-fn l2a_is_its_composition(#[case] qk_norm: bool) {
+#[case::as_in_the_paper(true, 0.1)]
+#[case::without_qk_norm(false, 0.7)]
+fn l2a_is_its_composition(#[case] qk_norm: bool, #[case] temperature: f32) {
     let config = L2aAttentionConfig::new(24, 4, 5)
         .with_n_kv_heads(Some(2))
         .with_rope(Some(RopeConfig::new(32)))
-        .with_qk_norm(qk_norm);
+        .with_qk_norm(qk_norm)
+        .with_temperature(temperature);
     let device = Device::flex();
     let mut module = config.init(&device).unwrap();
     assert_eq!(module.local.q_norm.is_some(), qk_norm);
@@ -135,6 +137,12 @@ fn l2a_is_its_composition(#[case] qk_norm: bool) {
     // Norms that do something.
     module.local_norm.gamma = Param::from_tensor(noise([24], 1, &device).add_scalar(2.0));
     module.global_norm.gamma = Param::from_tensor(noise([24], 2, &device).add_scalar(2.0));
+    for projections in [&mut module.local, &mut module.global] {
+        for (seed, norm) in [&mut projections.q_norm, &mut projections.k_norm].into_iter().enumerate() {
+            let gamma = || Param::from_tensor(noise([6], 10 + seed as u64, &device).add_scalar(2.0));
+            norm.iter_mut().for_each(|norm| norm.gamma = gamma());
+        }
+    }
 
     // At its start every token attends globally; then with a router that goes both ways.
     let first = module.forward(hidden.clone()).unwrap();
@@ -152,7 +160,10 @@ fn l2a_is_its_composition(#[case] qk_norm: bool) {
     let x1 = hidden + output(near, &module.local.o_proj);
     let u2 = norm(&x1, module.global_norm.gamma.val(), 1e-6);
     let weight = module.router.weight.val();
-    let (_, routes) = composed::linear_gate(u2.clone(), weight, None, GateOptions::l2a()).unwrap();
+    let gate = GateOptions::l2a().with_temperature(temperature);
+    let (scores, routes) = composed::linear_gate(u2.clone(), weight, None, gate).unwrap();
+    // A temperature of 0.1 magnifies the rounding of logits tenfold.
+    assert_close(found.routing.scores().unwrap().unwrap(), scores, 10.0 * TOLERANCE);
     let [q, k, v] = project(&u2, &module.global, rope);
     let far = composed::global_attention(q, k, v, routes, 2, &options).unwrap();
     let gates: Vec<bool> = found.routing.to_host().unwrap().iter().map(|&gate| gate == 1).collect();
