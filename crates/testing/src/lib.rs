@@ -65,7 +65,10 @@ impl Property {
     /// # Errors
     /// The smallest case found that refutes it, and how.
     pub fn check(&self, device: &Device, effort: Effort) -> Result<(), String> {
-        (self.run)(device, effort)
+        let verdict = (self.run)(device, effort);
+        // Nothing stays queued, and a kernel that failed after its result was read is not missed.
+        bifocal::synchronise(&device.client).map_err(|error| error.to_string())?;
+        verdict
     }
 }
 
