@@ -2,7 +2,7 @@
 
 use std::time::Instant;
 
-use anyhow::Result;
+use anyhow::{Result, anyhow};
 use bifocal::{Reach, Window};
 use bifocal_burn::{AttentionOptions, aha_attention, full_attention};
 use bifocal_reference::{Array, Options, attention_where};
@@ -59,12 +59,14 @@ pub(crate) fn layer(index: usize, layer: &Layer, attended: &Attended) -> Result<
     })
 }
 
-/// Median of five runs after one to warm up, each until its result is on the host.
+/// Median of five runs after one to warm up, each until the device is done. Reading the result would not do: Burn hands
+/// out data that is copied when it is first looked at.
 fn median_ms(run: impl Fn() -> bifocal::Result<Tensor<4>>) -> Result<f64> {
     let mut times = Vec::new();
     for _ in 0..6 {
         let start = Instant::now();
-        run()?.into_data();
+        let out = run()?;
+        out.device().sync().map_err(|error| anyhow!("the device failed: {error:?}"))?;
         times.push(start.elapsed().as_secs_f64() * 1e3);
     }
     times.remove(0);
