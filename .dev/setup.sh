@@ -143,9 +143,9 @@ cargo_tool() {
   shift 3
   if [[ "$("$TOOLS/bin/$binary" --version 2>/dev/null)" == *"$version"* ]]; then return 0; fi
   say "installing $binary $version (cargo install, into $TOOLS; once, some minutes)"
-  # Light optimisation: these run for seconds, so the time to build them counts for more.
+  # No optimisation: these run for seconds, so the time to build them counts for more.
   env -u RUSTFLAGS -u RUSTC_WORKSPACE_WRAPPER CARGO_TARGET_DIR="$TOOLS/build" CARGO_PROFILE_RELEASE_LTO=off \
-    CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=1 CARGO_PROFILE_RELEASE_DEBUG=0 \
+    CARGO_PROFILE_RELEASE_CODEGEN_UNITS=16 CARGO_PROFILE_RELEASE_OPT_LEVEL=0 CARGO_PROFILE_RELEASE_DEBUG=0 \
     cargo install --quiet --locked --force --root "$TOOLS" --version "$version" "$@" "$crate" </dev/null >&2 ||
     die "could not install $binary $version"
   rm -rf "$TOOLS/build"

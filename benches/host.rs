@@ -3,24 +3,51 @@
 //!
 //! `cargo bench --workspace --all-features --bench host`
 
-mod timing;
+use std::{hint::black_box, time::Instant};
 
 use bifocal::{
     AttentionOperator, DeviceProfile, Element, FixedRouter, Inputs, Partial, Problem, Router, Rows, Tensor,
-    Window, Windowed,
+    Window, Windowed, cubecl::client::Client,
 };
-use timing::Session;
+use criterion::{Criterion, criterion_group, criterion_main};
 
-fn main() -> bifocal::Result<()> {
-    let session = Session::start();
-    let client = &bifocal::open("cpu")?;
+/// Times one launch after another, each with the device idle: a queue that fills up would be timed instead.
+fn time_launch<T>(
+    criterion: &mut Criterion,
+    client: &Client,
+    name: &str,
+    mut launch: impl FnMut() -> bifocal::Result<T>,
+) {
+    criterion.bench_function(name, |bencher| {
+        bencher.iter_custom(|count| {
+            (0..count)
+                .map(|_| {
+                    bifocal::synchronise(client).expect("the device is well");
+                    let start = Instant::now();
+                    black_box(launch().expect("a launch that was checked before"));
+                    start.elapsed()
+                })
+                .sum()
+        });
+    });
+    bifocal::synchronise(client).expect("the device is well");
+}
 
-    // Opaque, so that nothing is computed before the program runs.
-    let (query, key) = (std::hint::black_box([1, 2, 16, 16]), std::hint::black_box([1, 1, 16, 16]));
-    session.time("problem validation", client, 10_000, None, || {
-        Problem::new(query, key, Element::F32)?.with_value_dim(16)?.with_softcap(30.0)
-    })?;
-    session.time("device profile", client, 1_000, None, || Ok(DeviceProfile::of(client)))?;
+fn host(criterion: &mut Criterion) {
+    let client = &bifocal::open("cpu").expect("the CPU runtime");
+    measure(criterion, client).expect("shapes that fit each other");
+}
+
+fn measure(criterion: &mut Criterion, client: &Client) -> bifocal::Result<()> {
+    let (query, key) = ([1, 2, 16, 16], [1, 1, 16, 16]);
+    criterion.bench_function("problem validation", |bencher| {
+        bencher.iter(|| {
+            Problem::new(black_box(query), black_box(key), Element::F32)?
+                .with_value_dim(16)?
+                .with_softcap(30.0)
+        });
+    });
+    criterion.bench_function("device profile", |bencher| bencher.iter(|| DeviceProfile::of(client)));
 
     let problem = &Problem::new(query, key, Element::F32)?;
     let query = Tensor::filled(client, query, Element::F32, 0.5)?;
@@ -29,27 +56,31 @@ fn main() -> bifocal::Result<()> {
     let inputs = &Inputs::new(query.view(), key.view(), key.view());
     let partial = &Partial::empty(client, problem, Element::F32);
     let windowed = Windowed::new(Window::new(4)?);
-    session.time("checking inputs and output", client, 1_000, None, || {
-        inputs.check(client, problem)?;
-        partial.check(client, problem)
-    })?;
-    session.time("choosing a routine", client, 1_000, None, || {
-        windowed.choose(problem, &DeviceProfile::of(client))
-    })?;
-    session
-        .time("room for outputs", client, 1, None, || Ok(Partial::empty(client, problem, Element::F32)))?;
-    session.time("launching windowed, all rows", client, 1, None, || {
+    criterion.bench_function("checking inputs and output", |bencher| {
+        bencher.iter(|| {
+            inputs.check(client, problem)?;
+            partial.check(client, problem)
+        });
+    });
+    let profile = &DeviceProfile::of(client);
+    criterion.bench_function("choosing a routine", |bencher| {
+        bencher.iter(|| windowed.choose(problem, profile));
+    });
+    time_launch(criterion, client, "room for outputs", || Ok(Partial::empty(client, problem, Element::F32)));
+    time_launch(criterion, client, "launching windowed, all rows", || {
         windowed.attend(client, problem, inputs, Rows::All, partial)
-    })?;
+    });
 
     let router = FixedRouter::new(vec![0, 1], 2)?;
-    session.time("launching a router", client, 1, None, || router.route(client, hidden.view()))?;
+    time_launch(criterion, client, "launching a router", || router.route(client, hidden.view()));
     let routes = &router.route(client, hidden.view())?.routes;
-    session.time("launching a plan", client, 1, None, || bifocal::plan(client, problem, routes))?;
+    time_launch(criterion, client, "launching a plan", || bifocal::plan(client, problem, routes));
     let plan = bifocal::plan(client, problem, routes)?;
-    session.time("launching windowed, routed rows", client, 1, None, || {
+    time_launch(criterion, client, "launching windowed, routed rows", || {
         windowed.attend(client, problem, inputs, plan.rows(0)?, partial)
-    })?;
-    // The shortest way to a kernel: what of the above is the runtime's own.
-    session.time("waiting for nothing", client, 1, None, || bifocal::synchronise(client))
+    });
+    Ok(())
 }
+
+criterion_group!(benches, host);
+criterion_main!(benches);

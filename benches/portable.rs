@@ -3,13 +3,11 @@
 //!
 //! `cargo bench --workspace --all-features --bench portable`; `bifocal bench` times larger shapes and other devices.
 
-mod timing;
-
 use bifocal::{
     Aha, AttentionOperator, Element, Full, Inputs, LinearGate, Partial, Problem, RandomRouter, Reach, Router,
     Rows, Tensor, Window, Windowed, cubecl::client::Client,
 };
-use timing::Session;
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 
 const HEADS: usize = 4;
 const HEAD_DIM: usize = 64;
@@ -18,16 +16,14 @@ const WINDOW: usize = 128;
 /// AHA's share of token-heads that look far (arXiv 2512.22562).
 const FAR_SHARE: f64 = 0.067;
 
-fn main() -> bifocal::Result<()> {
-    let session = Session::start();
-    let client = &bifocal::open("cpu")?;
+fn portable(criterion: &mut Criterion) {
+    let client = &bifocal::open("cpu").expect("the CPU runtime");
     for length in [512, 1024] {
-        time_length(&session, client, length)?;
+        measure(criterion, client, length).expect("shapes that fit each other");
     }
-    Ok(())
 }
 
-fn time_length(session: &Session, client: &Client, length: usize) -> bifocal::Result<()> {
+fn measure(criterion: &mut Criterion, client: &Client, length: usize) -> bifocal::Result<()> {
     let window = Window::new(WINDOW)?;
     let shape = [1, HEADS, length, HEAD_DIM];
     let problem = &Problem::new(shape, shape, Element::F32)?;
@@ -39,28 +35,37 @@ fn time_length(session: &Session, client: &Client, length: usize) -> bifocal::Re
     let partial = &Partial::empty(client, problem, Element::F32);
     let router = RandomRouter::gate(HEADS, FAR_SHARE, 1)?;
     let routes = &router.route(client, hidden.view())?.routes;
-    let time = |case: &str, pairs: Option<f64>, call: &dyn Fn() -> bifocal::Result<()>| {
-        session.time(&format!("{case}, {length} tokens"), client, 1, pairs, || {
-            call()?;
-            bifocal::synchronise(client)
-        })
+    let mut time = |case: &str, pairs: Option<usize>, call: &dyn Fn() -> bifocal::Result<()>| {
+        let mut group = criterion.benchmark_group(case);
+        group.sample_size(20);
+        if let Some(pairs) = pairs {
+            group.throughput(Throughput::Elements(pairs as u64));
+        }
+        group.bench_function(BenchmarkId::from_parameter(length), |bencher| {
+            bencher.iter(|| {
+                call().expect("a call that was checked before");
+                bifocal::synchronise(client).expect("the device is well");
+            });
+        });
+        group.finish();
     };
-    let pairs = |reach_of: &dyn Fn(u32, u32) -> Reach| -> f64 {
+    let pairs = |reach_of: &dyn Fn(u32, u32) -> Reach| -> usize {
         let rows = (0..HEADS as u32).flat_map(|head| (0..length as u32).map(move |token| (head, token)));
-        rows.map(|(head, token)| reach_of(head, token).visible(i64::from(token), length) as f64).sum()
+        rows.map(|(head, token)| reach_of(head, token).visible(i64::from(token), length)).sum()
     };
 
     let (near, far) = (Reach::Window(window), Reach::All);
     let attend = |operator: &dyn AttentionOperator| {
         operator.attend(client, problem, inputs, Rows::All, partial).map(|_| ())
     };
-    time("windowed", Some(pairs(&|_, _| near)), &|| attend(&Windowed::new(window)))?;
-    time("full", Some(pairs(&|_, _| far)), &|| attend(&Full))?;
+    time("windowed", Some(pairs(&|_, _| near)), &|| attend(&Windowed::new(window)));
+    time("full", Some(pairs(&|_, _| far)), &|| attend(&Full));
     let by_route = pairs(&|head, token| if router.route_of(head, token) == 1 { far } else { near });
-    time("aha", Some(by_route), &|| Aha::new(window).attend_into(client, problem, inputs, routes, partial))?;
-    time("plan", None, &|| bifocal::plan(client, problem, routes).map(|_| ()))?;
+    time("aha", Some(by_route), &|| Aha::new(window).attend_into(client, problem, inputs, routes, partial));
+    time("plan", None, &|| bifocal::plan(client, problem, routes).map(|_| ()));
     let gate = LinearGate::aha(wave(client, [MODEL_DIM, HEADS], 0.59)?);
-    time("router", None, &|| gate.route(client, hidden.view()).map(|_| ()))
+    time("router", None, &|| gate.route(client, hidden.view()).map(|_| ()));
+    Ok(())
 }
 
 /// Numbers between -1 and 1 that repeat nowhere near.
@@ -72,3 +77,6 @@ fn wave<const RANK: usize>(
     let values: Vec<f32> = (0..shape.iter().product::<usize>()).map(|i| (i as f32 * step).sin()).collect();
     Tensor::from_f32(client, shape, Element::F32, &values)
 }
+
+criterion_group!(benches, portable);
+criterion_main!(benches);
