@@ -9,7 +9,7 @@ use bifocal::{
     AttentionOperator, DeviceProfile, Element, FixedRouter, Inputs, Partial, Problem, Router, Rows, Tensor,
     Window, Windowed, cubecl::client::Client,
 };
-use criterion::{Criterion, criterion_group, criterion_main};
+use criterion::Criterion;
 
 /// Times one launch after another, each with the device idle: a queue that fills up would be timed instead.
 fn time_launch<T>(
@@ -82,5 +82,8 @@ fn measure(criterion: &mut Criterion, client: &Client) -> bifocal::Result<()> {
     Ok(())
 }
 
-criterion_group!(benches, host);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    host(&mut criterion);
+    criterion.final_summary();
+}

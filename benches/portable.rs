@@ -7,7 +7,7 @@ use bifocal::{
     Aha, AttentionOperator, Element, Full, Inputs, LinearGate, Partial, Problem, RandomRouter, Reach, Router,
     Rows, Tensor, Window, Windowed, cubecl::client::Client,
 };
-use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use criterion::{BenchmarkId, Criterion, Throughput};
 
 const HEADS: usize = 4;
 const HEAD_DIM: usize = 64;
@@ -78,5 +78,8 @@ fn wave<const RANK: usize>(
     Tensor::from_f32(client, shape, Element::F32, &values)
 }
 
-criterion_group!(benches, portable);
-criterion_main!(benches);
+fn main() {
+    let mut criterion = Criterion::default().configure_from_args();
+    portable(&mut criterion);
+    criterion.final_summary();
+}
