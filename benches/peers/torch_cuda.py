@@ -13,6 +13,7 @@ prints one JSON object. A case that this machine or this PyTorch cannot run is l
 
 import argparse
 import json
+import math
 import statistics
 import sys
 
@@ -23,6 +24,8 @@ CASES = ["sdpa_flash", "sdpa_cudnn", "flex_window", "flex_full"]
 
 # Bytes of inputs to rotate through at least.
 ROTATION_BYTES = 256 << 20
+# How long a timed run is to take, if 32 calls do.
+SAMPLE_MS = 4
 
 
 def useful_pairs(length, window):
@@ -63,22 +66,26 @@ def prepare(case, length, window):
 
 
 def measure(call, sets, runs):
-    """Milliseconds of the first call and of each timed one, by device events."""
+    """Milliseconds of the first call and of each timed run, by device events.
 
-    def once(run):
+    Short calls are timed several at once, as a model makes them: alone, the host's part would show.
+    """
+
+    def once(run, calls):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        call(*sets[run % len(sets)])
+        for turn in range(calls):
+            call(*sets[(run * calls + turn) % len(sets)])
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / calls
 
-    first = once(0)
+    first = once(0, 1)
     # Clocks rise and allocators settle.
-    for run in range(10):
-        once(run)
-    return first, [once(run) for run in range(runs)]
+    warm = [once(run, 1) for run in range(10)]
+    calls = max(1, min(32, math.ceil(SAMPLE_MS / min(warm))))
+    return first, [once(run, calls) for run in range(runs)]
 
 
 def error_of(out, q, k, v, window):

@@ -1,4 +1,4 @@
-use crate::{Element, Error, Result};
+use crate::{Element, Error, Result, Routine};
 
 /// One attention problem: the shapes and scalars that every operator and every routine agree on.
 ///
@@ -30,6 +30,8 @@ pub struct Problem {
     pub scale: f32,
     /// Scores become `cap * tanh(score / cap)` after scaling (Gemma 2, arXiv 2408.00118, section 2).
     pub softcap: Option<f32>,
+    /// The routine to run by; the fastest that can unless set.
+    pub routine: Option<Routine>,
 }
 
 impl Problem {
@@ -87,6 +89,7 @@ impl Problem {
             element,
             scale,
             softcap: None,
+            routine: None,
         })
     }
 
@@ -124,6 +127,12 @@ impl Problem {
         }
         self.softcap = Some(cap);
         Ok(self)
+    }
+
+    /// Asks for one routine: operators run by it or refuse.
+    pub const fn with_routine(mut self, routine: Routine) -> Self {
+        self.routine = Some(routine);
+        self
     }
 
     /// Checks the problem again: its fields are public, and kernels rely on all that [`Problem::new`] checks.

@@ -15,6 +15,10 @@ pub struct DeviceProfile {
     pub elements: Vec<Element>,
     /// Cores, where units are operating-system threads (the CPU runtime); `None` on GPUs.
     pub cpu_cores: Option<u32>,
+    /// Compute capability of an NVIDIA GPU as CUDA sees it, without the dot: 90 is Hopper.
+    pub cuda_arch: Option<u32>,
+    /// Streaming multiprocessors (compute units) of a GPU; 1 where the runtime does not say.
+    pub multiprocessors: u32,
     /// Most units in one cube.
     pub max_units_per_cube: u32,
     /// Units that run in lockstep: smallest and largest plane.
@@ -57,6 +61,8 @@ impl DeviceProfile {
             name: properties.identity.name.clone(),
             elements,
             cpu_cores: hardware.num_cpu_cores,
+            cuda_arch: properties.identity.fingerprint.strip_prefix("ptx_sm").and_then(|arch| arch.parse().ok()),
+            multiprocessors: hardware.num_streaming_multiprocessors.unwrap_or(1),
             max_units_per_cube: hardware.max_units_per_cube,
             plane_size: (hardware.plane_size_min, hardware.plane_size_max),
             shared_memory: hardware.max_shared_memory_size,

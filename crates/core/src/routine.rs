@@ -7,18 +7,32 @@ use crate::Element;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Routine {
+    /// Hopper's warpgroup products, fed by bulk copies. f16 and bf16.
+    Wgmma,
     /// Plain vector arithmetic: no planes, no shared memory, no synchronisation. Runs on every runtime.
     Portable,
 }
 
 impl Routine {
     /// Every routine, fastest first.
-    pub const ALL: [Routine; 1] = [Routine::Portable];
+    pub const ALL: [Routine; 2] = [Routine::Wgmma, Routine::Portable];
+}
+
+impl core::str::FromStr for Routine {
+    type Err = crate::Error;
+
+    /// Reads a routine's name as [`Display`](fmt::Display) writes it.
+    fn from_str(name: &str) -> Result<Self, Self::Err> {
+        let names = Self::ALL.map(|routine| routine.to_string()).join(", ");
+        let found = Self::ALL.into_iter().find(|routine| routine.to_string() == name);
+        found.ok_or_else(|| crate::Error::option("routine", name, format!("one of {names}")))
+    }
 }
 
 impl fmt::Display for Routine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            Routine::Wgmma => "wgmma",
             Routine::Portable => "portable",
         })
     }
@@ -42,6 +56,25 @@ pub enum Refusal {
         /// What the routine takes, in words.
         supported: &'static str,
     },
+    /// The routine needs another kind of device.
+    Architecture {
+        /// Which kind, in words.
+        needs: &'static str,
+    },
+    /// The softmax scale is not positive.
+    Scale {
+        /// The scale.
+        scale: String,
+    },
+    /// The routine cannot read or write memory that is laid out like this.
+    Layout {
+        /// The tensor.
+        tensor: &'static str,
+        /// What it has that the routine does not take.
+        layout: &'static str,
+    },
+    /// The problem asks for another routine (see [`Problem::with_routine`](crate::Problem::with_routine)).
+    NotAsked,
     /// The operator has no kernel of this routine.
     NotImplemented,
     /// The device lacks integer atomics, which counting routes needs.
@@ -58,6 +91,10 @@ impl fmt::Display for Refusal {
             Refusal::HeadDim { head_dim, supported } => {
                 write!(f, "head dim {head_dim} is not supported (expected {supported})")
             }
+            Refusal::Architecture { needs } => write!(f, "it needs {needs}"),
+            Refusal::Scale { scale } => write!(f, "softmax scale {scale} is not positive"),
+            Refusal::Layout { tensor, layout } => write!(f, "{tensor} has {layout}"),
+            Refusal::NotAsked => f.write_str("another routine was asked for"),
             Refusal::NotImplemented => f.write_str("the operator has no such kernel"),
             Refusal::Atomics => f.write_str("the device has no u32 atomic addition"),
         }

@@ -18,7 +18,7 @@ const SEGMENT: u32 = 64;
 ///
 /// A row is `token * G + head in group`. A row whose route names no reach is in the list of the last reach with
 /// [`INVALID_ROW`] set, so that its output can be made NaN. Building takes three launches and no read-back: count
-/// per segment of tokens, compact (stable, so lists ascend and two runs agree bit for bit), cut.
+/// per segment of tokens, compact (stable, so lists ascend and two runs agree bit for bit), cut, longest item first.
 #[derive(Clone, Debug)]
 pub struct Plan {
     rows: Handle,
@@ -38,7 +38,8 @@ pub struct Plan {
 pub struct HostPlan {
     /// `[reach][batch * kv head]`: ascending rows.
     pub lists: Vec<Vec<Vec<u32>>>,
-    /// `[reach]`: (batch * kv head, first entry, rows) of each work item.
+    /// `[reach]`: (batch * kv head, first entry, rows) of each work item, in the order of the last row in them, latest
+    /// first.
     pub items: Vec<Vec<[u32; 3]>>,
 }
 
@@ -119,10 +120,12 @@ impl Plan {
                 client,
                 cubes,
                 units,
+                words(&plan.rows),
                 words(&plan.list_counts),
                 words(&plan.items),
                 words(&plan.item_counts),
                 lists as u32,
+                packed_rows as u32,
                 max_items as u32,
                 item_rows,
                 reaches,
@@ -293,13 +296,22 @@ fn compact(
     }
 }
 
-/// One unit per item that there can be. Items of a list are consecutive, lists follow one another.
+/// The row, without its mark, that an item of a list ends with: the more tokens come before it, the more keys it sees.
+#[cube]
+fn last_row(rows: &[u32], base: u32, count: u32, item: u32, item_rows: u32) -> u32 {
+    rows[(base + min((item + 1u32) * item_rows, count) - 1u32) as usize] % INVALID_ROW
+}
+
+/// One unit per item that there can be. Items stand in the order of the last row in them, latest first: where keys up
+/// to the query's own are visible, that is longest first, which lets a device that takes them in turn finish evenly.
 #[cube(launch_unchecked)]
 fn cut_items(
+    rows: &[u32],
     list_counts: &[u32],
     items: &mut [u32],
     item_counts: &mut [u32],
     lists: u32,
+    packed: u32,
     max_items: u32,
     item_rows: u32,
     reaches: u32,
@@ -308,20 +320,48 @@ fn cut_items(
         terminate!();
     }
     let reach = ABSOLUTE_POS as u32 / max_items;
-    let slot = ABSOLUTE_POS as u32 % max_items;
-    let mut base = 0u32;
+    // The unit's item, counting list by list.
+    let number = ABSOLUTE_POS as u32 % max_items;
+    let mut before = 0u32;
+    let mut mine = lists;
+    let mut item = 0u32;
     for list in 0..lists {
-        let count = list_counts[(reach * lists + list) as usize];
-        let cut = count.div_ceil(item_rows);
-        if slot >= base && slot < base + cut {
-            let first = (slot - base) * item_rows;
-            items[ABSOLUTE_POS * 3] = list;
-            items[ABSOLUTE_POS * 3 + 1] = first;
-            items[ABSOLUTE_POS * 3 + 2] = min(item_rows, count - first);
+        let cut = list_counts[(reach * lists + list) as usize].div_ceil(item_rows);
+        if number >= before && number < before + cut {
+            mine = list;
+            item = number - before;
         }
-        base += cut;
+        before += cut;
     }
-    if slot == 0u32 {
-        item_counts[reach as usize] = base;
+    if number == 0u32 {
+        item_counts[reach as usize] = before;
+    }
+    if mine < lists {
+        let base = (reach * lists + mine) * packed;
+        let count = list_counts[(reach * lists + mine) as usize];
+        let last = last_row(rows, base, count, item, item_rows);
+        // Its place is the number of items that end later; of two that end together the earlier list's goes first.
+        let mut place = 0u32;
+        for list in 0..lists {
+            let base = (reach * lists + list) * packed;
+            let count = list_counts[(reach * lists + list) as usize];
+            let cut = count.div_ceil(item_rows);
+            let mut low = 0u32;
+            let mut high = cut;
+            while low < high {
+                let middle = (low + high) / 2u32;
+                let other = last_row(rows, base, count, middle, item_rows);
+                if other > last || (other == last && list < mine) {
+                    high = middle;
+                } else {
+                    low = middle + 1u32;
+                }
+            }
+            place += cut - low;
+        }
+        let at = ((reach * max_items + place) * 3u32) as usize;
+        items[at] = mine;
+        items[at + 1] = item * item_rows;
+        items[at + 2] = min(item_rows, count - item * item_rows);
     }
 }

@@ -7,7 +7,7 @@ use crate::{
 };
 
 /// What is done to the scores besides masking.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Options<F> {
     /// Factor on `q . k`; 1/sqrt(D) unless set ("Attention Is All You Need", arXiv 1706.03762, section
     /// 3.2.1).
@@ -18,12 +18,15 @@ pub struct Options<F> {
     /// arXiv 2508.10925); the log-sum-exp includes it. Merged partials would count it twice:
     /// give it to one of them.
     pub sink_logits: Option<Vec<F>>,
+    /// What happens to a weight `exp(score - max)` before it meets its value: nothing, unless a plain computation in
+    /// lower precision is asked for, where the product with values takes weights rounded to the inputs' type.
+    pub round_weight: fn(F) -> F,
 }
 
 impl<F: Float> Options<F> {
     /// Scale 1/sqrt(`head_dim`), no softcap, no sink logits.
     pub fn new(head_dim: usize) -> Self {
-        Self { scale: number::<F>(head_dim as f64).sqrt().recip(), softcap: None, sink_logits: None }
+        Self { scale: number::<F>(head_dim as f64).sqrt().recip(), softcap: None, sink_logits: None, round_weight: |weight| weight }
     }
 }
 
@@ -114,8 +117,9 @@ pub fn attention_where<F: Float>(
 
         let out = partial.out.row_mut([b, h, t]);
         for (&j, &weight) in seen.iter().zip(&weights) {
+            let share = (options.round_weight)(weight) / total;
             for (out, &value) in out.iter_mut().zip(v.row([b, kv_head, j])) {
-                *out = *out + weight / total * value;
+                *out = *out + share * value;
             }
         }
         partial.lse[[b, h, t]] = max + total.ln();
@@ -171,7 +175,7 @@ mod tests {
     fn softcap_squashes_the_scaled_score_by_hand() {
         // 2 * ln 3 after scaling, squashed to 0.5 * tanh(4 ln 3) = 0.5 * (1 - 2 / (3^8 + 1)).
         let [q, k, v] = tiny();
-        let options = Options { scale: 2.0, softcap: Some(0.5), sink_logits: None };
+        let options = Options { scale: 2.0, softcap: Some(0.5), ..Options::new(1) };
         let partial = attention(&q, &k, &v, Reach::All, &options);
         let weight = (0.5 * (1.0 - 2.0 / 6562.0_f64)).exp();
         assert_abs_diff_eq!(partial.lse[[0, 0, 1]], (1.0 + weight).ln(), epsilon = 1e-14);

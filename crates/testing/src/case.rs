@@ -1,6 +1,6 @@
 //! What is drawn: the shapes that hurt, reaches, routes.
 
-use bifocal::{DeviceProfile, Element, Problem, Reach, Window};
+use bifocal::{DeviceProfile, Element, Problem, Reach, Routine, Window};
 use proptest::{prelude::*, sample::select};
 
 /// An attention problem with a seed for its data.
@@ -18,6 +18,10 @@ pub(crate) struct Case {
     pub(crate) out_f32: bool,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: bool,
+    /// The routine that is asked for, if any.
+    pub(crate) routine: Option<Routine>,
+    /// Whether the device has routines on tensor cores.
+    pub(crate) tensor_cores: bool,
     /// Standard deviation of queries: large ones make softmax nearly one-hot.
     pub(crate) magnitude: f32,
     pub(crate) seed: u64,
@@ -34,7 +38,16 @@ impl Case {
         let problem = Problem::new(query, key, self.element)
             .and_then(|problem| problem.with_value_dim(self.value_dim))
             .expect("drawn shapes are possible");
+        let problem = match self.routine {
+            Some(routine) => problem.with_routine(routine),
+            None => problem,
+        };
         if self.softcap { problem.with_softcap(3.0).expect("3 is a softcap") } else { problem }
+    }
+
+    /// Whether the product with values may take weights rounded to the inputs' type, as it does on tensor cores.
+    pub(crate) fn may_round_weights(&self) -> bool {
+        self.tensor_cores && self.element != Element::F32 && self.routine != Some(Routine::Portable)
     }
 
     pub(crate) fn out_element(&self) -> Element {
@@ -45,23 +58,33 @@ impl Case {
 /// Cases of the sizes that hurt: length 1, lengths around multiples of tiles and chunks, more queries than keys and
 /// the reverse, every ratio of heads, head dims that are no power of two.
 pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + use<> {
-    let lengths = prop_oneof![Just(1usize), 2..20usize, 30..36usize, 60..100usize];
+    // Tiles of tensor cores are larger than those of units.
+    let tensor_cores = profile.cuda_arch.is_some();
+    let large = if tensor_cores { 3 } else { 0 };
+    let lengths = prop_oneof![
+        1 => Just(1usize),
+        1 => 2..20usize,
+        1 => 30..36usize,
+        1 => 60..100usize,
+        large => prop_oneof![120..140usize, 250..300usize],
+    ];
     // Some shader compilers take a time that grows with the square of the head dim: wide heads are rare where
     // shaders are compiled, and have a property of their own.
     let shaders = profile.runtime.contains("wgpu");
     let wide = if shaders { 1 } else { 16 };
     let dims = prop_oneof![
-        32 => select(vec![32usize, 33, 64, 80]),
+        32 => select(if tensor_cores { vec![33, 64, 64, 128, 128] } else { vec![32usize, 33, 64, 80] }),
         wide => select(if shaders { vec![96, 128] } else { vec![96, 128, 256] }),
     ];
     let elements = select(profile.elements.clone());
     let shape = (1..3usize, 1..4usize, 1..5usize, lengths.clone(), lengths, 0..4u8);
     let numbers = (dims, any::<bool>(), elements, any::<bool>());
-    let options = (0..4u8, 0..4u8, select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]), any::<u64>());
+    let magnitudes = select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]);
+    let options = (0..4u8, 0..4u8, 0..4u8, magnitudes, any::<u64>());
     (shape, numbers, options).prop_map(|(shape, numbers, options)| {
         let (batch, kv_heads, group, query_len, other_len, lengths) = shape;
         let (head_dim, same_dim, element, out_f32) = numbers;
-        let (softcap, sink_logits, magnitude, seed) = options;
+        let (softcap, sink_logits, portable, magnitude, seed) = options;
         // Mostly self-attention; sometimes a longer or a shorter past.
         let key_len = match lengths {
             0 => query_len + other_len,
@@ -80,6 +103,8 @@ pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + us
             out_f32,
             softcap: softcap == 0,
             sink_logits: sink_logits == 0,
+            routine: (portable == 0).then_some(Routine::Portable),
+            tensor_cores,
             magnitude,
             seed,
         }

@@ -37,14 +37,20 @@ pub(crate) struct Expected {
 
 impl Expected {
     /// The oracle's answer in f64, with the tolerance measured: twice the error of the same computation in f32
-    /// with its output rounded to the case's type, plus a few roundings of the largest score and value.
+    /// with its output rounded to the case's type (and its weights too, where tensor cores may compute it), plus a few
+    /// roundings of the largest score and value.
     pub(crate) fn new(
         case: &Case,
         data: &Data,
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Self {
-        let exact: reference::Partial<f64> = data.oracle(&reach_of);
-        let plain: reference::Partial<f32> = data.oracle(&reach_of);
+        let exact: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
+        let round_weight: fn(f32) -> f32 = match case.element {
+            Element::F16 if case.may_round_weights() => |weight| round(Element::F16, weight),
+            Element::Bf16 if case.may_round_weights() => |weight| round(Element::Bf16, weight),
+            _ => |weight| weight,
+        };
+        let plain: reference::Partial<f32> = data.oracle(round_weight, &reach_of);
         let out_element = case.out_element();
         let plain_out = plain.out.as_slice().iter().map(|&x| round(out_element, x));
         let largest = data.value.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));

@@ -70,9 +70,10 @@ impl Data {
         })
     }
 
-    /// The oracle in `F`, with each row's reach given by `reach_of(batch, head, token)`.
+    /// The oracle in `F`, with each row's reach given by `reach_of(batch, head, token)`, and what becomes of weights.
     pub(crate) fn oracle<F: num_traits::Float>(
         &self,
+        round_weight: fn(F) -> F,
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Partial<F> {
         let cast = |x: &f32| F::from(*x).expect("an f32 fits every float");
@@ -82,6 +83,7 @@ impl Data {
             scale: cast(&problem.scale),
             softcap: problem.softcap.as_ref().map(cast),
             sink_logits: self.sinks.as_ref().map(|sinks| sinks.iter().map(cast).collect()),
+            round_weight,
         };
         bifocal_reference::attention_where(
             &array(self.query_shape(), &self.query),

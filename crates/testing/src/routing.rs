@@ -346,6 +346,12 @@ fn plans_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String>
             if covered.iter().flatten().any(|&times| times != 1) {
                 return Err("a row is not in exactly one item".into());
             }
+            let last = |&[list, first, count]: &[u32; 3]| {
+                lists[list as usize][(first + count - 1) as usize] % INVALID_ROW
+            };
+            if !items.is_sorted_by(|a, b| last(a) >= last(b)) {
+                return Err("a longer item comes after a shorter one".into());
+            }
             let ascends = |list: &Vec<u32>| list.is_sorted_by(|a, b| a % INVALID_ROW < b % INVALID_ROW);
             if !lists.iter().all(ascends) {
                 return Err("a list does not ascend".into());

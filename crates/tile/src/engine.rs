@@ -1,48 +1,116 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{
-        Inputs, Partial, Rows,
-        launch::{elements, grid, words},
-    },
+    device::{Inputs, Partial, Rows},
 };
-use cubecl::client::Client;
+use cubecl::{client::Client, server::Handle};
 
-use crate::{
-    blueprint::{Blueprint, item_rows},
-    portable::{NumbersLaunch, StridesLaunch, attend_kernel},
-    visibility::Visibility,
-};
+use crate::{portable, visibility::Visibility, wgmma};
+
+/// Rows per work item on a device: what a dispatch plan cuts its lists into.
+pub fn item_rows(profile: &DeviceProfile) -> u32 {
+    if profile.cuda_arch == Some(90) { wgmma::ITEM_ROWS } else { portable::lanes(profile) }
+}
 
 /// Whether `routine` can run `problem` on a device with this profile; if not, why.
 ///
 /// # Errors
 /// The [`Refusal`] says why not.
 pub fn supports(routine: Routine, problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
+    if problem.routine.is_some_and(|forced| forced != routine) {
+        return Err(Refusal::NotAsked);
+    }
     match routine {
-        Routine::Portable => {
-            if !profile.elements.contains(&problem.element) {
-                let device = profile.elements.clone();
-                return Err(Refusal::Element { element: problem.element, device });
-            }
-            // Queries and outputs of a tile live in a unit's private memory.
-            for head_dim in [problem.head_dim, problem.value_dim] {
-                if !(1..=512).contains(&head_dim) {
-                    return Err(Refusal::HeadDim { head_dim, supported: "1 to 512" });
-                }
-            }
-            Ok(())
-        }
+        Routine::Wgmma => wgmma::supports(problem, profile),
+        Routine::Portable => portable::supports(problem, profile),
         _ => Err(Refusal::NotImplemented),
     }
 }
 
-/// Softmax attention of `rows` over the keys that `reach` shows, with the portable routine.
+/// The rows of a call and what they see, as every routine's launch needs it. Buffers that a kernel does not read still
+/// have to be bound: they are the query's then.
+pub(crate) struct Work<'a> {
+    pub(crate) visibility: Visibility,
+    pub(crate) window: i32,
+    pub(crate) sinks: i32,
+    pub(crate) routed: bool,
+    pub(crate) rows: &'a Handle,
+    pub(crate) items: &'a Handle,
+    pub(crate) item_counts: &'a Handle,
+    pub(crate) reach: u32,
+    pub(crate) max_items: usize,
+    pub(crate) item_rows: u32,
+}
+
+impl<'a> Work<'a> {
+    fn new(
+        problem: &Problem,
+        profile: &DeviceProfile,
+        inputs: &Inputs<'a>,
+        reach: Reach,
+        rows: Rows<'a>,
+        routine: Routine,
+    ) -> Result<Self> {
+        let (visibility, window, sinks) = Visibility::of(reach, problem.key_len)
+            .ok_or_else(|| Error::option("reach", reach, "a reach that this engine knows"))?;
+        let lists = problem.batch * problem.kv_heads;
+        let unused = inputs.query.handle();
+        let work = match rows {
+            Rows::All => {
+                let item_rows = match routine {
+                    Routine::Portable => portable::lanes(profile),
+                    _ => item_rows(profile),
+                };
+                Self {
+                    visibility,
+                    window,
+                    sinks,
+                    routed: false,
+                    rows: unused,
+                    items: unused,
+                    item_counts: unused,
+                    reach: 0,
+                    max_items: lists * problem.packed_rows().div_ceil(item_rows as usize),
+                    item_rows,
+                }
+            }
+            Rows::Routed(routed) => {
+                if routed.item_rows != item_rows(profile) {
+                    let expected = format!("{} (what the engine computes at once on this device)", item_rows(profile));
+                    return Err(Error::option("rows per item of the plan", routed.item_rows, expected));
+                }
+                let shape = [problem.batch, problem.kv_heads, problem.packed_rows()];
+                if routed.shape != shape {
+                    return Err(Error::shape("the dispatch plan", format!("{shape:?}"), &routed.shape));
+                }
+                Self {
+                    visibility,
+                    window,
+                    sinks,
+                    routed: true,
+                    rows: routed.rows,
+                    items: routed.items,
+                    item_counts: routed.item_counts,
+                    reach: routed.reach,
+                    max_items: routed.max_items,
+                    item_rows: routed.item_rows,
+                }
+            }
+        };
+        if work.max_items as u64 > u64::from(u32::MAX) / 3 {
+            let limit = u128::from(u32::MAX / 3);
+            return Err(Error::TooLarge { what: "work items", size: work.max_items as u128, limit });
+        }
+        Ok(work)
+    }
+}
+
+/// Softmax attention of `rows` over the keys that `reach` shows, with the fastest routine that takes the problem and
+/// the layout of its tensors.
 ///
-/// The caller has chosen the routine (see
-/// [`AttentionOperator::choose`](bifocal_core::device::AttentionOperator::choose)) and names itself for messages.
+/// The caller names itself for messages.
 ///
 /// # Errors
-/// As [`Inputs::check`] and [`Partial::check`]; [`Error::Refused`] when [`supports`] refuses;
+/// As [`Inputs::check`] and [`Partial::check`]; [`Error::Refused`] when every routine refuses;
 /// [`Error::Option`] when a dispatch plan was cut for another item size than the device's.
 pub fn attend(
     operator: &'static str,
@@ -56,91 +124,25 @@ pub fn attend(
     inputs.check(client, problem)?;
     partial.check(client, problem)?;
     let profile = DeviceProfile::of(client);
-    let routine = Routine::Portable;
-    supports(routine, problem, &profile)
-        .map_err(|refusal| Error::Refused { operator, refusals: Refusals(vec![(routine, refusal)]) })?;
-    let (visibility, window, sinks) = Visibility::of(reach, problem.key_len)
-        .ok_or_else(|| Error::option("reach", reach, "a reach that this engine knows"))?;
-
-    let routed = matches!(rows, Rows::Routed(_));
-    let blueprint = Blueprint::new(problem, &profile, visibility, routed, inputs.sink_logits.is_some());
-    let item_rows = item_rows(&profile);
-    // Buffers that the compiled kernel does not read still have to be bound.
-    let unused = inputs.query.handle();
-    let lists = problem.batch * problem.kv_heads;
-    let (row_list, items, item_counts, reach_index, max_items) = match rows {
-        Rows::All => {
-            let tiles = problem.packed_rows().div_ceil(item_rows as usize);
-            (unused, unused, unused, 0, lists * tiles)
-        }
-        Rows::Routed(routed) => {
-            if routed.item_rows != item_rows {
-                let expected = format!("{item_rows} (what the engine computes at once on this device)");
-                return Err(Error::option("rows per item of the plan", routed.item_rows, expected));
-            }
-            let shape = [problem.batch, problem.kv_heads, problem.packed_rows()];
-            if routed.shape != shape {
-                return Err(Error::shape("the dispatch plan", format!("{shape:?}"), &routed.shape));
-            }
-            (routed.rows, routed.items, routed.item_counts, routed.reach, routed.max_items)
-        }
-    };
-    if max_items as u64 > u64::from(u32::MAX) / 3 {
-        let limit = u128::from(u32::MAX / 3);
-        return Err(Error::TooLarge { what: "work items", size: max_items as u128, limit });
-    }
-
-    let (cubes, units) = grid(client, max_items);
-    let numbers = NumbersLaunch::new(
-        problem.kv_heads as u32,
-        problem.group() as u32,
-        problem.query_len as u32,
-        problem.head_dim as u32,
-        problem.value_dim as u32,
-        (problem.key_len as i64 - problem.query_len as i64) as i32,
-        window,
-        sinks,
-        max_items as u32,
-        reach_index,
-        lists as u32,
-        problem.scale,
-        problem.softcap.unwrap_or(1.0),
-        f32::NEG_INFINITY,
-        f32::NAN,
-    );
-    let types = [problem.element.into(), partial.out.element().into()];
-    // SAFETY: the checks above keep every index that shapes and strides can form inside the buffers; rows and
-    // items come from a plan that was built for this problem's shape.
-    unsafe {
-        attend_kernel::launch_unchecked(
-            client,
-            cubes,
-            units,
-            elements(inputs.query),
-            elements(inputs.key),
-            elements(inputs.value),
-            match &inputs.sink_logits {
-                Some(sinks) => elements(*sinks),
-                None => words(unused),
+    let mut refusals = Vec::new();
+    for routine in Routine::ALL {
+        let refusal = match (supports(routine, problem, &profile), routine) {
+            (Err(refusal), _) => refusal,
+            (Ok(()), Routine::Wgmma) => match wgmma::takes(inputs, partial) {
+                Ok(()) => {
+                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
+                    wgmma::launch(client, &profile, problem, inputs, &work, partial);
+                    return Ok(routine);
+                }
+                Err(refusal) => refusal,
             },
-            words(row_list),
-            words(items),
-            words(item_counts),
-            elements(partial.out.view()),
-            elements(partial.lse.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
-            strides(partial.out.strides()),
-            numbers,
-            blueprint,
-            types,
-            blueprint.lanes,
-        );
+            (Ok(()), _) => {
+                let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
+                portable::launch(client, &profile, problem, inputs, &work, partial);
+                return Ok(routine);
+            }
+        };
+        refusals.push((routine, refusal));
     }
-    Ok(routine)
-}
-
-fn strides(strides: [usize; 4]) -> StridesLaunch {
-    StridesLaunch::new(strides[0] as u32, strides[1] as u32, strides[2] as u32)
+    Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }

@@ -6,7 +6,7 @@ use crate::visibility::Visibility;
 ///
 /// This is the one place where tile sizes are decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Blueprint {
+pub(crate) struct Blueprint {
     pub(crate) visibility: Visibility,
     /// Rows come from a dispatch plan rather than from counting.
     pub(crate) routed: bool,
@@ -28,11 +28,11 @@ pub struct Blueprint {
     pub(crate) dim_block: usize,
 }
 
-/// Rows per work item on a device: what a dispatch plan cuts its lists into.
+/// Rows that a unit computes at once.
 ///
 /// On a CPU a row is a lane of the widest vector register. On a GPU, where every unit already is a lane, four
 /// rows per unit share each key and value that is loaded and still fit the registers.
-pub fn item_rows(profile: &DeviceProfile) -> u32 {
+pub(crate) fn lanes(profile: &DeviceProfile) -> u32 {
     match profile.cpu_cores {
         Some(_) => (profile.vector_bits / 32).clamp(4, 16),
         None => 4,
@@ -57,7 +57,7 @@ impl Blueprint {
             sink_logits,
             head_dim: problem.head_dim,
             value_dim: problem.value_dim,
-            lanes: item_rows(profile) as usize,
+            lanes: lanes(profile) as usize,
             staged,
             chunk: if staged { 4 * key_block } else { key_block },
             key_block,

@@ -4,7 +4,8 @@
 
 use cubecl::prelude::*;
 
-use crate::{Blueprint, visibility::Visibility};
+use super::Blueprint;
+use crate::visibility::Visibility;
 
 /// The bit that marks a row without a valid route.
 pub(crate) const INVALID_ROW: u32 = 1 << 31;
@@ -35,6 +36,8 @@ pub(crate) struct Numbers {
     pub(crate) sinks: i32,
     /// Items of one reach, at most.
     pub(crate) items: u32,
+    /// Units that share an item.
+    pub(crate) parts: u32,
     /// The reach whose lists are computed.
     pub(crate) reach: u32,
     /// Batch x kv heads.
@@ -347,7 +350,7 @@ fn fold<E: Float, R: Size>(
     }
 }
 
-/// One unit, one item: up to `lanes` rows of one kv head, packed over its query heads.
+/// One unit, one part of an item: up to `lanes` rows of one kv head, packed over its query heads.
 #[cube(launch_unchecked)]
 pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     query: &[E],
@@ -374,19 +377,25 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     if comptime![blueprint.routed] {
         count = item_counts[numbers.reach as usize];
     }
-    if ABSOLUTE_POS >= count as usize {
+    let slot = ABSOLUTE_POS as u32 / numbers.parts;
+    if slot >= count {
         terminate!();
     }
 
     let tiles = packed.div_ceil(comptime![lanes as u32]);
-    let mut kv_head = ABSOLUTE_POS as u32 / tiles;
-    let mut first_row = (ABSOLUTE_POS as u32 % tiles) * comptime![lanes as u32];
+    let mut kv_head = slot / tiles;
+    let mut first_row = (slot % tiles) * comptime![lanes as u32];
     let mut row_count = min(packed - first_row, comptime![lanes as u32]);
     if comptime![blueprint.routed] {
-        let item = (numbers.reach * numbers.items) as usize + ABSOLUTE_POS;
+        let item = (numbers.reach * numbers.items + slot) as usize;
+        let before = (ABSOLUTE_POS as u32 % numbers.parts) * comptime![lanes as u32];
+        let rows_in_item = items[item * 3 + 2];
+        if before >= rows_in_item {
+            terminate!();
+        }
         kv_head = items[item * 3];
-        first_row = items[item * 3 + 1];
-        row_count = items[item * 3 + 2];
+        first_row = items[item * 3 + 1] + before;
+        row_count = min(rows_in_item - before, comptime![lanes as u32]);
     }
     let batch = kv_head / numbers.kv_heads;
     let kv_head_in_batch = kv_head % numbers.kv_heads;

@@ -1,0 +1,25 @@
+//! Writes the CUDA C++ of every tensor-core kernel in the choice table into a folder, one file per kernel, named
+//! after the kernel and the architecture it is for. Needs no GPU; `./dev kernels` compiles what this writes.
+
+use std::{fs, path::PathBuf, process::ExitCode};
+
+fn main() -> ExitCode {
+    let Some(folder) = std::env::args_os().nth(1).map(PathBuf::from) else {
+        eprintln!("usage: sources FOLDER [PART OF A NAME]");
+        return ExitCode::FAILURE;
+    };
+    let part = std::env::args().nth(2).unwrap_or_default();
+    let written = fs::create_dir_all(&folder).map_err(|error| error.to_string()).and_then(|()| {
+        bifocal_tile::sources(&part).try_for_each(|kernel| {
+            let (name, source) = kernel?;
+            fs::write(folder.join(format!("{name}.sm_90a.cu")), source).map_err(|error| error.to_string())
+        })
+    });
+    match written {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(reason) => {
+            eprintln!("sources: {reason}");
+            ExitCode::FAILURE
+        }
+    }
+}

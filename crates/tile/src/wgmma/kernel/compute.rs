@@ -1,0 +1,287 @@
+//! What a warpgroup does with its items.
+
+use cubecl::prelude::*;
+
+use super::{
+    Layout, Numbers, Room, WARPGROUP, WARPGROUP_ROWS,
+    fetch::{Cursor, Stretch, fetch, gather},
+    finish::{Row, finish, redo},
+    items::{item_of, keys_of_item, next_slot, position_of},
+    softmax::{Positions, Softmax, fold, pack_weights},
+    stage_of,
+};
+use crate::{
+    portable::{INVALID_ROW, Strides},
+    wgmma::{
+        Blueprint,
+        ptx::{self, SWIZZLE},
+    },
+};
+
+#[cube]
+pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
+    query: &[E],
+    key_map: &TensorMap<E, Tiled>,
+    value_map: &TensorMap<E, Tiled>,
+    key: &[E],
+    value: &[E],
+    layout: &Layout,
+    sink_logits: &[f32],
+    rows: &[u32],
+    items: &[u32],
+    out: &mut [O],
+    lse: &mut [f32],
+    count: u32,
+    out_strides: &Strides,
+    room: &Room,
+    row_ids: &mut [u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    let shape = comptime![blueprint.shape];
+    let stages = comptime![blueprint.stages];
+    let tile_bytes = comptime![blueprint.key_bytes() as u32];
+    let query_panel = comptime![blueprint.shape.rows * SWIZZLE];
+    let key_panel = comptime![blueprint.shape.keys * SWIZZLE];
+    let threads = comptime![blueprint.warpgroups() as usize * 128];
+    let warpgroup = UNIT_POS / WARPGROUP;
+    let lane = UNIT_POS % 32u32;
+    let warp = (UNIT_POS / 32u32) % 4u32;
+    let tile_row = warpgroup * WARPGROUP_ROWS + warp * 16u32 + lane / 4u32;
+    let source = ptx::global_address::<E>(query.as_ptr());
+    let target = ptx::global_address::<O>(out.as_ptr());
+    // Named barrier 0 is the cube's own.
+    let my_turn = 1u32 + warpgroup;
+    let other_turn = 2u32 - warpgroup;
+    let together = 3u32 + warpgroup;
+
+    let mut key_cursor = Cursor::new();
+    let mut value_cursor = Cursor::new();
+    let mut tile_number = 0u32;
+    let mut item_number = 0u32;
+    let mut slot = CUBE_POS as u32;
+    let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
+    let mut now = Stretch { list: item.list, keys: keys_of_item(&item, rows, numbers, blueprint) };
+    if slot < count {
+        gather(&item, source, rows, row_ids, 0u32, &layout.query, room, numbers, blueprint);
+        #[unroll]
+        for _ in 0..stages {
+            fetch::<E>(
+                &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, 0u32, &now, &now, numbers,
+                blueprint,
+            );
+            fetch::<E>(
+                &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, 0u32, &now, &now,
+                numbers, blueprint,
+            );
+        }
+    }
+    if comptime![blueprint.turns] {
+        if warpgroup == 1u32 {
+            ptx::turn_give(1u32, threads);
+        }
+    }
+    while slot < count {
+        let buffer = item_number % comptime![blueprint.query_stages];
+        let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
+        slot = next_slot(item_number + 1u32);
+        let next_item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
+        let mut next = Stretch { list: next_item.list, keys: now.keys };
+        // Not known yet.
+        next.keys.tiles = 0u32;
+
+        ptx::copies_end();
+        ptx::turn_wait(together, 128usize);
+        let ids = buffer * comptime![blueprint.shape.rows as u32];
+        let batch = item.list / numbers.kv_heads;
+        let kv_head = item.list % numbers.kv_heads;
+        let upper_id = row_ids[(ids + tile_row) as usize];
+        let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
+        let base = ids + warpgroup * WARPGROUP_ROWS;
+        let first_id = row_ids[base as usize];
+        let last_id = row_ids[(base + WARPGROUP_ROWS - 1u32) as usize];
+        let upper_token = upper_id % INVALID_ROW / numbers.group;
+        let lower_token = lower_id % INVALID_ROW / numbers.group;
+        let upper_head = kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group;
+        let lower_head = kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group;
+        let at = Positions {
+            upper: upper_token as i32 + numbers.first_position,
+            lower: lower_token as i32 + numbers.first_position,
+            first: position_of(first_id, numbers),
+            last: position_of(last_id, numbers),
+        };
+
+        let mut softmax = Softmax {
+            maximum: Array::new(2usize),
+            sum: Array::new(2usize),
+            correction: Array::new(2usize),
+        };
+        softmax.maximum[0] = numbers.neg_inf;
+        softmax.maximum[1] = numbers.neg_inf;
+        softmax.sum[0] = 0.0f32;
+        softmax.sum[1] = 0.0f32;
+        if comptime![blueprint.sink_logits] {
+            // The sink logit is a key with a value of zero: it opens the maximum, and the sum of one thread of the row.
+            let to_score = std::f32::consts::LOG2_E / numbers.exponent_scale;
+            let upper = sink_logits[upper_head as usize] * to_score;
+            let lower = sink_logits[lower_head as usize] * to_score;
+            softmax.maximum[0] = upper;
+            softmax.maximum[1] = lower;
+            let opens = lane % 4u32 == 0u32;
+            softmax.sum[0] = select(opens && upper != numbers.neg_inf, 1.0f32, 0.0f32);
+            softmax.sum[1] = select(opens && lower != numbers.neg_inf, 1.0f32, 0.0f32);
+        }
+
+        let mut acc = Vector::<f32, NO>::new(0.0f32);
+        if now.keys.tiles > 0u32 {
+            let query_at = room.query
+                + buffer * comptime![blueprint.query_bytes() as u32]
+                + warpgroup * comptime![WARPGROUP_ROWS * SWIZZLE as u32];
+            let query_descriptor = ptx::descriptor(query_at, query_panel);
+            let (stage, phase) = stage_of(tile_number, stages);
+            ptx::wait_parity(room.key_full + stage * 8u32, phase);
+            let key_descriptor = ptx::descriptor(room.key + stage * tile_bytes, key_panel);
+            let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
+            let scores = ptx::scores_end::<NS>(scores, 0usize, shape);
+            if lane == 0u32 {
+                ptx::arrive(room.key_empty + stage * 8u32);
+            }
+            let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
+            let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
+            if slot < count {
+                next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
+                if comptime![blueprint.query_stages > 1] {
+                    gather(
+                        &next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint,
+                    );
+                }
+            }
+            #[unroll]
+            for _ in 0..stages {
+                fetch::<E>(
+                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now,
+                    &next, numbers, blueprint,
+                );
+                fetch::<E>(
+                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
+                    &now, &next, numbers, blueprint,
+                );
+            }
+            for tile in 1..now.keys.tiles {
+                let (value_stage, value_phase) = stage_of(tile_number, stages);
+                tile_number += 1u32;
+                let (key_stage, key_phase) = stage_of(tile_number, stages);
+                if comptime![blueprint.turns] {
+                    ptx::turn_wait(my_turn, threads);
+                }
+                ptx::wait_parity(room.key_full + key_stage * 8u32, key_phase);
+                let key_descriptor = ptx::descriptor(room.key + key_stage * tile_bytes, key_panel);
+                ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
+                let value_descriptor = ptx::descriptor(room.value + value_stage * tile_bytes, key_panel);
+                let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
+                let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
+                if comptime![blueprint.turns] {
+                    ptx::turn_give(other_turn, threads);
+                }
+                let scores = ptx::scores_end::<NS>(scores, 1usize, shape);
+                if lane == 0u32 {
+                    ptx::arrive(room.key_empty + key_stage * 8u32);
+                }
+                fetch::<E>(
+                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now,
+                    &next, numbers, blueprint,
+                );
+                let scores = fold::<NS>(scores, &mut softmax, &at, tile, &now.keys, numbers, blueprint);
+                acc = ptx::values_end::<NO, NP>(sum, weights, shape);
+                if lane == 0u32 {
+                    ptx::arrive(room.value_empty + value_stage * 8u32);
+                }
+                fetch::<E>(
+                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
+                    &now, &next, numbers, blueprint,
+                );
+                weights = pack_weights::<NS, NP>(&scores, blueprint);
+                let upper = softmax.correction[0];
+                let lower = softmax.correction[1];
+                #[unroll]
+                for i in 0..comptime![blueprint.shape.dim / 8] {
+                    let a = acc.extract(i * 4) * upper;
+                    let b = acc.extract(i * 4 + 1) * upper;
+                    let c = acc.extract(i * 4 + 2) * lower;
+                    let d = acc.extract(i * 4 + 3) * lower;
+                    acc.insert(i * 4, a);
+                    acc.insert(i * 4 + 1, b);
+                    acc.insert(i * 4 + 2, c);
+                    acc.insert(i * 4 + 3, d);
+                }
+            }
+            let (stage, phase) = stage_of(tile_number, stages);
+            tile_number += 1u32;
+            ptx::wait_parity(room.value_full + stage * 8u32, phase);
+            let value_descriptor = ptx::descriptor(room.value + stage * tile_bytes, key_panel);
+            let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
+            if comptime![blueprint.query_stages == 1] {
+                if slot < count {
+                    gather(
+                        &next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint,
+                    );
+                }
+            }
+            acc = ptx::values_end::<NO, NP>(sum, weights, shape);
+            if lane == 0u32 {
+                ptx::arrive(room.value_empty + stage * 8u32);
+            }
+            fetch::<E>(
+                &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now,
+                &next, numbers, blueprint,
+            );
+        } else if slot < count {
+            next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
+            gather(&next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint);
+            #[unroll]
+            for _ in 0..stages {
+                fetch::<E>(
+                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next,
+                    numbers, blueprint,
+                );
+                fetch::<E>(
+                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
+                    &now, &next, numbers, blueprint,
+                );
+            }
+        }
+
+        let upper = finish::<NO>(
+            &acc, &softmax, upper_id, upper_token, upper_head, at.upper, tile_row < item.rows, batch, lse, target,
+            out_strides, numbers, 0usize, blueprint,
+        );
+        let lower = finish::<NO>(
+            &acc, &softmax, lower_id, lower_token, lower_head, at.lower, tile_row + 8u32 < item.rows, batch, lse,
+            target, out_strides, numbers, 1usize, blueprint,
+        );
+        if plane_any(upper.odd + lower.odd > 0u32) {
+            for r in 0..16u32 {
+                let from = (r % 8u32) * 4u32;
+                let row = Row {
+                    position: plane_shuffle(select(r < 8u32, upper.position, lower.position), from),
+                    head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
+                    offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
+                    exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
+                    norm: plane_shuffle(select(r < 8u32, upper.norm, lower.norm), from),
+                    odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
+                };
+                if row.odd > 0u32 {
+                    redo::<E, O>(&row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint);
+                }
+            }
+        }
+        item.list = next_item.list;
+        item.first = next_item.first;
+        item.rows = next_item.rows;
+        now.list = next.list;
+        now.keys.set(&next.keys);
+        key_cursor.turn();
+        value_cursor.turn();
+        item_number += 1u32;
+    }
+}

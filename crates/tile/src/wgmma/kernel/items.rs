@@ -1,0 +1,185 @@
+//! Items of work: which rows, which keys, which scores are masked.
+// Rust sees placeholders for a cube's position, and believes that their difference overflows.
+#![allow(arithmetic_overflow)]
+
+use cubecl::prelude::*;
+
+use super::Numbers;
+use crate::{portable::INVALID_ROW, visibility::Visibility, wgmma::Blueprint};
+
+/// The keys that an item visits: `0..sinks_end`, then `begin..end`, in tiles.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(super) struct Keys {
+    pub(super) sinks_end: i32,
+    pub(super) begin: i32,
+    pub(super) end: i32,
+    pub(super) sink_tiles: u32,
+    pub(super) tiles: u32,
+}
+
+#[cube]
+impl Keys {
+    /// Assigns every field: CubeCL assigns no structs.
+    pub(super) fn set(&mut self, other: &Keys) {
+        self.sinks_end = other.sinks_end;
+        self.begin = other.begin;
+        self.end = other.end;
+        self.sink_tiles = other.sink_tiles;
+        self.tiles = other.tiles;
+    }
+}
+
+/// An item: rows `first..first + rows` of a list.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(super) struct Item {
+    pub(super) list: u32,
+    pub(super) first: u32,
+    pub(super) rows: u32,
+}
+
+/// The `slot`-th item in the order of work.
+#[cube]
+pub(super) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Item {
+    let rows = comptime![blueprint.shape.rows as u32];
+    let packed = numbers.query_len * numbers.group;
+    let tiles = packed.div_ceil(rows);
+    // Whole lists take turns; within a turn the tiles with most keys come first.
+    let turn = slot / (numbers.lists_at_once * tiles);
+    let before = turn * numbers.lists_at_once;
+    let lists = min(numbers.lists_at_once, numbers.lists - before);
+    let within = slot - before * tiles;
+    let mut list = before + within % lists;
+    let mut first = (tiles - 1u32 - within / lists) * rows;
+    let mut count = min(packed - first, rows);
+    if comptime![blueprint.routed] {
+        let at = ((numbers.reach * numbers.items + slot) * 3u32) as usize;
+        list = items[at];
+        first = items[at + 1];
+        count = items[at + 2];
+    }
+    Item { list, first, rows: count }
+}
+
+/// The row that an entry of a list names, with its mark.
+#[cube]
+pub(super) fn row_at(
+    item: &Item,
+    entry: u32,
+    rows: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> u32 {
+    // An item that is not full repeats its last row.
+    let entry = item.first + min(entry, item.rows - 1u32);
+    let mut row = entry;
+    if comptime![blueprint.routed] {
+        let packed = numbers.query_len * numbers.group;
+        row = rows[((numbers.reach * numbers.lists + item.list) * packed + entry) as usize];
+    }
+    row
+}
+
+/// The position of a row.
+#[cube]
+pub(super) fn position_of(row: u32, numbers: &Numbers) -> i32 {
+    (row % INVALID_ROW / numbers.group) as i32 + numbers.first_position
+}
+
+/// Which keys an item visits.
+#[cube]
+pub(super) fn keys_of_item(item: &Item, rows: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
+    let first = row_at(item, 0u32, rows, numbers, blueprint);
+    let last = row_at(item, item.rows, rows, numbers, blueprint);
+    keys_of(position_of(first, numbers), position_of(last, numbers), numbers, blueprint)
+}
+
+/// Which keys the rows between two positions visit.
+#[cube]
+fn keys_of(first: i32, last: i32, numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
+    let tile = comptime![blueprint.shape.keys as i32];
+    let mut sinks_end = 0i32;
+    let mut begin = 0i32;
+    let mut end = last + 1;
+    if comptime![blueprint.visibility == Visibility::Far] {
+        begin = numbers.sinks;
+        end = last - numbers.window + 1;
+    }
+    if comptime![blueprint.visibility == Visibility::Window] {
+        begin = max(first - numbers.window + 1, 0i32);
+    }
+    if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
+        sinks_end = max(min(numbers.sinks, end), 0i32);
+        begin = max(first - numbers.window + 1, sinks_end);
+    }
+    let sink_tiles = ((sinks_end + tile - 1) / tile) as u32;
+    let tiles = sink_tiles + ((max(end - begin, 0i32) + tile - 1) / tile) as u32;
+    Keys { sinks_end, begin, end, sink_tiles, tiles }
+}
+
+/// The first key of a tile.
+#[cube]
+pub(super) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprint) -> i32 {
+    let size = comptime![blueprint.shape.keys as i32];
+    let mut start = keys.begin + (tile - keys.sink_tiles) as i32 * size;
+    if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
+        if tile < keys.sink_tiles {
+            start = tile as i32 * size;
+        }
+    }
+    start
+}
+
+/// Items are dealt to the cubes in rounds, back and forth, so that no cube gets the longest of every round.
+#[cube]
+pub(super) fn next_slot(round: u32) -> u32 {
+    let cubes = CUBE_COUNT as u32;
+    let position = CUBE_POS as u32;
+    round * cubes + select(round % 2u32 == 0u32, position, cubes - 1u32 - position)
+}
+
+/// Whether any row between two positions misses any key of the tile that starts at `start`.
+#[cube]
+pub(super) fn needs_mask(
+    first_row: i32,
+    last_row: i32,
+    start: i32,
+    sinks: bool,
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> bool {
+    let end = start + comptime![blueprint.shape.keys as i32];
+    match blueprint.visibility {
+        Visibility::All => end > first_row + 1,
+        Visibility::Window => end > first_row + 1 || start <= last_row - numbers.window,
+        Visibility::SinksAndWindow => {
+            end > first_row + 1
+                || (sinks && end > keys.sinks_end)
+                || (!sinks && start <= last_row - numbers.window)
+        }
+        Visibility::Far => end > first_row - numbers.window + 1,
+    }
+}
+
+/// Whether the row at `position` sees `key`.
+#[cube]
+pub(super) fn sees(
+    position: i32,
+    key: i32,
+    sinks: bool,
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> bool {
+    match blueprint.visibility {
+        Visibility::All => key <= position,
+        Visibility::Window => key <= position && key > position - numbers.window,
+        Visibility::SinksAndWindow => {
+            let near = select(sinks, key < keys.sinks_end, key > position - numbers.window);
+            key <= position && near
+        }
+        Visibility::Far => key <= position - numbers.window,
+    }
+}

@@ -1,0 +1,139 @@
+//! The online softmax of a thread's two rows.
+
+use cubecl::prelude::*;
+
+use super::{
+    Numbers,
+    items::{Keys, needs_mask, sees, tile_start},
+};
+use crate::wgmma::{Blueprint, ptx};
+
+/// The two rows of a thread, and those of its warpgroup, as positions.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(super) struct Positions {
+    pub(super) upper: i32,
+    pub(super) lower: i32,
+    pub(super) first: i32,
+    pub(super) last: i32,
+}
+
+/// The running state of the online softmax of a thread's two rows.
+#[derive(CubeType)]
+pub(super) struct Softmax {
+    pub(super) maximum: Array<f32>,
+    /// This thread's part of the sums.
+    pub(super) sum: Array<f32>,
+    /// By how much what was summed before the last tile shrinks.
+    pub(super) correction: Array<f32>,
+}
+
+/// The larger of the values that the four threads of a row hold.
+#[cube]
+pub(super) fn row_max(x: f32) -> f32 {
+    let y = max(x, plane_shuffle_xor(x, 1u32));
+    max(y, plane_shuffle_xor(y, 2u32))
+}
+
+#[cube]
+pub(super) fn row_sum(x: f32) -> f32 {
+    let y = x + plane_shuffle_xor(x, 1u32);
+    y + plane_shuffle_xor(y, 2u32)
+}
+
+/// The tanh of a softcap: tanh(x) = 1 - 2 / (1 + e^2x). The hardware's own tanh is good to 2^-11 only.
+#[cube]
+pub(super) fn squash(score: f32, numbers: &Numbers) -> f32 {
+    1.0f32 - 2.0f32 / (1.0f32 + ptx::exp2_fast(score * numbers.softcap_scale))
+}
+
+/// Folds a tile of scores into the softmax; returns the weights.
+#[cube]
+pub(super) fn fold<NS: Size>(
+    scores: Vector<f32, NS>,
+    softmax: &mut Softmax,
+    at: &Positions,
+    tile: u32,
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, NS> {
+    let count = comptime![blueprint.shape.keys / 2];
+    let mut scores = scores;
+    if comptime![blueprint.softcap] {
+        #[unroll]
+        for i in 0..count {
+            let capped = squash(scores.extract(i), numbers);
+            scores.insert(i, capped);
+        }
+    }
+    let start = tile_start(keys, tile, blueprint);
+    let sinks = tile < keys.sink_tiles;
+    if needs_mask(at.first, at.last, start, sinks, keys, numbers, blueprint) {
+        let first = start + ((UNIT_POS % 4u32) * 2u32) as i32;
+        #[unroll]
+        for i in 0..count {
+            let key = first + comptime![((i / 4) * 8 + i % 2) as i32];
+            let seen = if comptime![(i / 2) % 2 == 0] {
+                sees(at.upper, key, sinks, keys, numbers, blueprint)
+            } else {
+                sees(at.lower, key, sinks, keys, numbers, blueprint)
+            };
+            let score = select(seen, scores.extract(i), numbers.neg_inf);
+            scores.insert(i, score);
+        }
+    }
+    let mut upper = softmax.maximum[0];
+    let mut lower = softmax.maximum[1];
+    #[unroll]
+    for i in 0..comptime![count / 4] {
+        upper = max(upper, max(scores.extract(i * 4), scores.extract(i * 4 + 1)));
+        lower = max(lower, max(scores.extract(i * 4 + 2), scores.extract(i * 4 + 3)));
+    }
+    let upper = row_max(upper);
+    let lower = row_max(lower);
+    // A row that has seen no key keeps a finite offset, so that its weights become exp(-inf) = 0.
+    let upper_offset = select(upper == numbers.neg_inf, 0.0f32, upper) * numbers.exponent_scale;
+    let lower_offset = select(lower == numbers.neg_inf, 0.0f32, lower) * numbers.exponent_scale;
+    let upper_correction = ptx::exp2_fast(fma(softmax.maximum[0], numbers.exponent_scale, -upper_offset));
+    let lower_correction = ptx::exp2_fast(fma(softmax.maximum[1], numbers.exponent_scale, -lower_offset));
+    softmax.maximum[0] = upper;
+    softmax.maximum[1] = lower;
+    let mut upper_sum = f32::new(0.0);
+    let mut lower_sum = f32::new(0.0);
+    #[unroll]
+    for i in 0..comptime![count / 4] {
+        let a = ptx::exp2_fast(fma(scores.extract(i * 4), numbers.exponent_scale, -upper_offset));
+        let b = ptx::exp2_fast(fma(scores.extract(i * 4 + 1), numbers.exponent_scale, -upper_offset));
+        let c = ptx::exp2_fast(fma(scores.extract(i * 4 + 2), numbers.exponent_scale, -lower_offset));
+        let d = ptx::exp2_fast(fma(scores.extract(i * 4 + 3), numbers.exponent_scale, -lower_offset));
+        upper_sum += a + b;
+        lower_sum += c + d;
+        scores.insert(i * 4, a);
+        scores.insert(i * 4 + 1, b);
+        scores.insert(i * 4 + 2, c);
+        scores.insert(i * 4 + 3, d);
+    }
+    softmax.sum[0] = softmax.sum[0] * upper_correction + upper_sum;
+    softmax.sum[1] = softmax.sum[1] * lower_correction + lower_sum;
+    softmax.correction[0] = upper_correction;
+    softmax.correction[1] = lower_correction;
+    scores
+}
+
+/// Weights rounded and packed, as the product with values takes them. While such a product runs its weights are not to
+/// be touched, so this comes after it.
+#[cube]
+pub(super) fn pack_weights<NS: Size, NP: Size>(
+    weights: &Vector<f32, NS>,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<u32, NP> {
+    let mut packed = Vector::<u32, NP>::new(0u32);
+    #[unroll]
+    for i in 0..comptime![blueprint.shape.keys / 4] {
+        let pair =
+            ptx::pack(weights.extract(i * 2), weights.extract(i * 2 + 1), comptime![blueprint.shape.operand]);
+        packed.insert(i, pair);
+    }
+    packed
+}

@@ -1,0 +1,283 @@
+//! The routine for Hopper: bulk copies, warpgroup products, cubes that stay for many items.
+
+mod kernel;
+mod ptx;
+mod source;
+
+use bifocal_core::{
+    DeviceProfile, Element, Problem, Refusal,
+    device::{
+        Inputs, Partial, TensorView,
+        launch::{elements, words},
+    },
+};
+use cubecl::{client::Client, ir::ElemType, prelude::*};
+
+use self::{
+    kernel::{NumbersLaunch, attend_kernel},
+    ptx::{Operand, PANEL, SWIZZLE, Shape},
+};
+use crate::{engine::Work, portable::strides, visibility::Visibility};
+
+/// Rows per work item: two warpgroups of 64.
+pub(crate) const ITEM_ROWS: u32 = 128;
+
+/// Keys and values of lists that are worked on at the same time should fit the L2 cache, with room for what streams
+/// through it.
+const CACHE_BYTES: usize = 32 << 20;
+
+/// The compile-time key of a kernel: everything its code depends on, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Blueprint {
+    visibility: Visibility,
+    /// Rows come from a dispatch plan rather than from counting.
+    routed: bool,
+    softcap: bool,
+    sink_logits: bool,
+    out_f32: bool,
+    /// Warpgroups take turns at issuing products, so that one's softmax runs beside the other's products.
+    turns: bool,
+    shape: Shape,
+    /// Tiles of keys, and of values, in flight.
+    stages: u32,
+    /// Items whose queries are in shared memory.
+    query_stages: u32,
+}
+
+impl Blueprint {
+    /// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type.
+    pub(crate) fn new(
+        problem: &Problem,
+        visibility: Visibility,
+        routed: bool,
+        sink_logits: bool,
+        out_f32: bool,
+    ) -> Option<Self> {
+        let operand = match problem.element {
+            Element::F16 => Operand::F16,
+            Element::Bf16 => Operand::Bf16,
+            _ => return None,
+        };
+        // Accumulators of scores and outputs share a thread's 255 registers; tiles share 227 KiB.
+        let (keys, stages, query_stages) = match problem.head_dim {
+            64 => (128, 4, 2),
+            96 | 128 => (128, 2, 2),
+            256 => (64, 2, 1),
+            _ => return None,
+        };
+        let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
+        let softcap = problem.softcap.is_some();
+        Some(Self {
+            visibility,
+            routed,
+            softcap,
+            sink_logits,
+            out_f32,
+            turns: true,
+            shape,
+            stages,
+            query_stages,
+        })
+    }
+
+    const fn warpgroups(self) -> u32 {
+        self.shape.rows as u32 / 64
+    }
+
+    /// Panels of 64 columns that a row of a tile is stored in.
+    const fn panels(self) -> usize {
+        self.shape.dim.div_ceil(PANEL)
+    }
+
+    const fn query_bytes(self) -> usize {
+        self.shape.rows * self.panels() * SWIZZLE
+    }
+
+    /// Bytes of a tile of keys, and of one of values.
+    const fn key_bytes(self) -> usize {
+        self.shape.keys * self.panels() * SWIZZLE
+    }
+
+    const fn tile_bytes(self) -> usize {
+        self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
+    }
+
+    /// A full and an empty barrier of 8 bytes for every stage of keys and of values.
+    const fn barrier_bytes(self) -> usize {
+        self.stages as usize * 32
+    }
+}
+
+/// Whether this routine can run `problem` on a device with this profile; if not, why.
+pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
+    if profile.cuda_arch != Some(90) {
+        return Err(Refusal::Architecture { needs: "an NVIDIA GPU of compute capability 9.0 (Hopper)" });
+    }
+    if !matches!(problem.element, Element::F16 | Element::Bf16) {
+        let device = vec![Element::F16, Element::Bf16];
+        return Err(Refusal::Element { element: problem.element, device });
+    }
+    if Blueprint::new(problem, Visibility::All, false, false, false).is_none() {
+        return Err(Refusal::HeadDim { head_dim: problem.head_dim, supported: "64, 96, 128 or 256" });
+    }
+    if problem.value_dim != problem.head_dim {
+        let supported = "the head dim of query and key";
+        return Err(Refusal::HeadDim { head_dim: problem.value_dim, supported });
+    }
+    // The running maximum is kept before scaling.
+    if problem.scale <= 0.0 {
+        return Err(Refusal::Scale { scale: problem.scale.to_string() });
+    }
+    Ok(())
+}
+
+/// Whether memory is laid out as bulk copies and 16-byte accesses need it; if not, why.
+pub(crate) fn takes(inputs: &Inputs<'_>, partial: &Partial) -> Result<(), Refusal> {
+    aligned("query", inputs.query, false)?;
+    aligned("key", inputs.key, true)?;
+    aligned("value", inputs.value, true)?;
+    aligned("the output", partial.out.view(), false)
+}
+
+fn aligned(tensor: &'static str, view: TensorView<'_, 4>, bulk: bool) -> Result<(), Refusal> {
+    let refuse = |layout| Err(Refusal::Layout { tensor, layout });
+    let per_16_bytes = 16 / view.element().size();
+    for axis in 0..3 {
+        if view.shape()[axis] == 1 {
+            continue;
+        }
+        if !view.strides()[axis].is_multiple_of(per_16_bytes) {
+            return refuse("a stride that is no multiple of 16 bytes");
+        }
+        if bulk && view.strides()[axis] == 0 {
+            return refuse("a broadcast dimension");
+        }
+    }
+    let offset = view.handle().offset_start.unwrap_or(0);
+    if !offset.is_multiple_of(16) {
+        return refuse("a start that is no multiple of 16 bytes");
+    }
+    Ok(())
+}
+
+/// Launches the kernel. Everything has been checked: [`supports`], [`takes`], and what the engine checks.
+pub(crate) fn launch(
+    client: &Client,
+    profile: &DeviceProfile,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    work: &Work<'_>,
+    partial: &Partial,
+) -> Option<()> {
+    let out_f32 = partial.out.element() == Element::F32;
+    let sink_logits = inputs.sink_logits.is_some();
+    let blueprint = Blueprint::new(problem, work.visibility, work.routed, sink_logits, out_f32)?;
+    let lists = problem.batch * problem.kv_heads;
+    let list_bytes = 4 * problem.key_len * problem.head_dim;
+    // Softmax in powers of two: exp(x) = 2^(x log2 e).
+    let exponent_scale = problem.softcap.unwrap_or(problem.scale) * std::f32::consts::LOG2_E;
+    let numbers = NumbersLaunch::new(
+        problem.kv_heads as u32,
+        problem.group() as u32,
+        problem.query_len as u32,
+        (problem.key_len as i64 - problem.query_len as i64) as i32,
+        work.window,
+        work.sinks,
+        work.max_items as u32,
+        work.reach,
+        lists as u32,
+        (CACHE_BYTES / list_bytes).clamp(1, lists) as u32,
+        exponent_scale,
+        problem.softcap.map_or(1.0, |cap| 2.0 * std::f32::consts::LOG2_E * problem.scale / cap),
+        f32::NEG_INFINITY,
+        f32::NAN,
+    );
+    let cubes = profile.multiprocessors.min(work.max_items as u32).max(1);
+    let threads = blueprint.warpgroups() * 128;
+    let element: ElemType = problem.element.into();
+    let Shape { keys, .. } = blueprint.shape;
+    // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
+    // items come from a plan that was built for this problem's shape and cut into items of `ITEM_ROWS`.
+    unsafe {
+        attend_kernel::launch_unchecked(
+            client,
+            CubeCount::Static(cubes, 1, 1),
+            CubeDim::new_1d(threads),
+            elements(inputs.query),
+            tensor_map(inputs.key, element, keys),
+            tensor_map(inputs.value, element, keys),
+            elements(inputs.key),
+            elements(inputs.value),
+            match &inputs.sink_logits {
+                Some(sinks) => elements(*sinks),
+                None => words(work.items),
+            },
+            words(work.rows),
+            words(work.items),
+            words(work.item_counts),
+            elements(partial.out.view()),
+            elements(partial.lse.view()),
+            strides(inputs.query.strides()),
+            strides(inputs.key.strides()),
+            strides(inputs.value.strides()),
+            strides(partial.out.strides()),
+            numbers,
+            blueprint,
+            [element, partial.out.element().into()],
+            keys / 2,
+            keys / 4,
+            blueprint.shape.columns() / 2,
+        );
+    }
+    Some(())
+}
+
+/// How the copy engine reads boxes of `keys` tokens and 64 columns.
+///
+/// # Safety
+/// The view has passed its checks.
+unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, keys: usize) -> TensorMapArg<Tiled> {
+    // A dimension of size 1 is never stepped over, but its stride has to look right.
+    let mut strides = view.strides();
+    for axis in (0..3).rev() {
+        if view.shape()[axis] == 1 {
+            strides[axis] = strides[axis + 1] * view.shape()[axis + 1].max(1);
+            strides[axis] = strides[axis].next_multiple_of(8);
+        }
+    }
+    // SAFETY: the caller's.
+    let tensor = unsafe {
+        TensorArg::from_raw_parts(view.handle().clone(), strides.as_slice().into(), view.shape().as_slice().into())
+    };
+    TensorMapArg::new(TiledArgs { tile_size: [1, 1, keys, PANEL].as_slice().into() }, tensor, element)
+        .with_swizzle(TensorMapSwizzle::B128)
+}
+
+/// The CUDA C++ of the kernels in the choice table whose name contains `part`, with their names: what a machine without a
+/// GPU can compile.
+///
+/// # Errors
+/// What CubeCL's compiler has to say.
+pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
+    use Visibility::{All, Far, SinksAndWindow, Window};
+
+    let mut blueprints = Vec::new();
+    for head_dim in [64, 96, 128, 256] {
+        for element in [Element::F16, Element::Bf16] {
+            for (visibility, routed) in [(All, false), (All, true), (Window, false), (Window, true), (SinksAndWindow, true), (Far, true)] {
+                let shape = [1, 1, 128, head_dim];
+                let Ok(problem) = Problem::new(shape, shape, element) else { continue };
+                blueprints.extend(Blueprint::new(&problem, visibility, routed, false, false));
+            }
+        }
+    }
+    let named = blueprints.into_iter().map(|blueprint| {
+        let Shape { operand, dim, .. } = blueprint.shape;
+        let routed = if blueprint.routed { "-routed" } else { "" };
+        let name = format!("attend-{:?}-{}-{dim}{routed}", blueprint.visibility, operand.name());
+        (name.to_lowercase(), blueprint)
+    });
+    named
+        .filter(move |(name, _)| name.contains(part))
+        .map(|(name, blueprint)| source::source(blueprint).map(|source| (name, source)))
+}

@@ -1,0 +1,345 @@
+//! Hopper's asynchronous machinery as functions: shared-memory addresses, mbarriers, bulk tensor loads, warpgroup
+//! products. Everything that is PTX text lives here, so that a later CubeCL with a frontend of its own for these can
+//! take its place. Sources: the PTX ISA, sections "mbarrier", "cp.async.bulk.tensor" and "Asynchronous Warpgroup Level
+//! Matrix Instructions".
+//!
+//! Addresses are 32-bit addresses in shared memory. A warpgroup's product runs while its threads go on: what
+//! [`scores_begin`] and [`values_begin`] return may be used only after it has passed through [`scores_end`] or
+//! [`values_end`], which wait.
+
+use bifocal_core::Element;
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+
+/// The element types that warpgroup products take, as PTX spells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operand {
+    F16,
+    Bf16,
+}
+
+impl Operand {
+    /// The type's name in PTX.
+    pub(super) const fn name(self) -> &'static str {
+        match self {
+            Operand::F16 => "f16",
+            Operand::Bf16 => "bf16",
+        }
+    }
+
+    pub(super) const fn element(self) -> Element {
+        match self {
+            Operand::F16 => Element::F16,
+            Operand::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+/// The shape of a tile's products, which is all that their PTX depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    pub(crate) operand: Operand,
+    /// Rows of the query tile that all warpgroups share.
+    pub(crate) rows: usize,
+    /// Keys of a tile.
+    pub(crate) keys: usize,
+    /// Head dim, a multiple of 32.
+    pub(crate) dim: usize,
+}
+
+impl Shape {
+    /// Columns of the accumulated outputs: whole panels, those beyond the head dim zero. (CubeCL aligns a vector to its
+    /// size, which has to be a power of two.)
+    pub(crate) const fn columns(self) -> usize {
+        self.dim.next_multiple_of(PANEL)
+    }
+}
+
+/// Bytes of a row of the 128-byte swizzle; a wider tile is stored as panels of such rows, one after the other.
+pub(crate) const SWIZZLE: usize = 128;
+/// Elements in such a row.
+pub(crate) const PANEL: usize = SWIZZLE / 2;
+
+fn registers(from: usize, count: usize) -> String {
+    let names: Vec<String> = (from..from + count).map(|i| format!("%{i}")).collect();
+    format!("{{{}}}", names.join(", "))
+}
+
+/// In the units of a matrix descriptor.
+const fn units(bytes: usize) -> usize {
+    bytes / 16
+}
+
+impl Shape {
+    /// S = Q K^T for 64 rows: both operands in shared memory, head dim contiguous.
+    fn scores(self) -> String {
+        let Self { operand, rows, keys, dim } = self;
+        let accumulators = keys / 2;
+        let (query, key) = (accumulators, accumulators + 1);
+        let mut text = String::from(
+            "{ .reg .pred first, more; .reg .b64 a, b; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; \
+             wgmma.fence.sync.aligned; ",
+        );
+        for step in 0..dim / 16 {
+            let (panel, within) = (step * 16 / PANEL, units(step * 16 % PANEL * 2));
+            let a = panel * units(rows * SWIZZLE) + within;
+            let b = panel * units(keys * SWIZZLE) + within;
+            let accumulate = if step == 0 { "first" } else { "more" };
+            text += &format!(
+                "add.s64 a, %{query}, {a}; add.s64 b, %{key}, {b}; \
+                 wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{t}.{t} {d}, a, b, {accumulate}, 1, 1, 0, 0; ",
+                t = operand.name(),
+                d = registers(0, accumulators),
+            );
+        }
+        text + "wgmma.commit_group.sync.aligned; }"
+    }
+
+    /// O += P V for 64 rows: P in registers, V in shared memory with the head dim contiguous, so transposed.
+    fn values(self) -> String {
+        let Self { operand, keys, .. } = self;
+        let columns = self.columns();
+        let (accumulators, weights) = (columns / 2, keys / 4);
+        let value = 2 * accumulators + weights;
+        let mut text = String::from("{ .reg .pred more; .reg .b64 b; setp.ne.b32 more, 1, 0; ");
+        for i in 0..accumulators {
+            text += &format!("mov.f32 %{i}, %{}; ", i + accumulators);
+        }
+        text += "wgmma.fence.sync.aligned; ";
+        for step in 0..keys / 16 {
+            text += &format!(
+                "add.s64 b, %{value}, {b}; \
+                 wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{t}.{t} {d}, {a}, b, more, 1, 1, 1; ",
+                b = step * units(16 * SWIZZLE),
+                t = operand.name(),
+                d = registers(0, accumulators),
+                a = registers(2 * accumulators + step * 4, 4),
+            );
+        }
+        text + "wgmma.commit_group.sync.aligned; }"
+    }
+}
+
+/// Waits until at most `pending` products are in flight, and hands `count` accumulators over.
+fn wait(pending: usize, count: usize) -> String {
+    let mut text = format!("{{ wgmma.wait_group.sync.aligned {pending}; ");
+    for i in 0..count {
+        text += &format!("mov.f32 %{i}, %{}; ", i + count);
+    }
+    text + "}"
+}
+
+/// Begins S = Q K^T for the 64 rows that `query` describes against the `keys` that `key` describes.
+#[cube]
+pub(crate) fn scores_begin<NS: Size>(query: u64, key: u64, #[comptime] shape: Shape) -> Vector<f32, NS> {
+    let body = comptime![shape.scores()];
+    let scores: Vector<f32, NS>;
+    gpu_asm!(
+        "{body} // {s} {q} {k}\n",
+        s = out(_) scores, q = in(_) query, k = in(_) key, body = const body
+    );
+    scores
+}
+
+/// Waits for scores while `pending` later products are in flight.
+#[cube]
+pub(crate) fn scores_end<NS: Size>(
+    scores: Vector<f32, NS>,
+    #[comptime] pending: usize,
+    #[comptime] shape: Shape,
+) -> Vector<f32, NS> {
+    let body = comptime![wait(pending, shape.keys / 2)];
+    let done: Vector<f32, NS>;
+    gpu_asm!(
+        "{body} // {d} {s}\n",
+        d = out(_) done, s = in(_) Vector::<f32, NS>::reinterpret(scores), body = const body
+    );
+    done
+}
+
+/// Begins O += P V.
+#[cube]
+pub(crate) fn values_begin<NO: Size, NP: Size>(
+    out: Vector<f32, NO>,
+    weights: Vector<u32, NP>,
+    value: u64,
+    #[comptime] shape: Shape,
+) -> Vector<f32, NO> {
+    let body = comptime![shape.values()];
+    let sum: Vector<f32, NO>;
+    gpu_asm!(
+        "{body} // {d} {o} {p} {v}\n",
+        d = out(_) sum, o = in(_) Vector::<f32, NO>::reinterpret(out),
+        p = in(_) Vector::<u32, NP>::reinterpret(weights), v = in(_) value, body = const body
+    );
+    sum
+}
+
+/// Waits for every product in flight. Takes the weights too, so that their registers stay theirs until then.
+#[cube]
+pub(crate) fn values_end<NO: Size, NP: Size>(
+    out: Vector<f32, NO>,
+    weights: Vector<u32, NP>,
+    #[comptime] shape: Shape,
+) -> Vector<f32, NO> {
+    let body = comptime![wait(0, shape.columns() / 2)];
+    let done: Vector<f32, NO>;
+    gpu_asm!(
+        "{body} // {d} {o} {p}\n",
+        d = out(_) done, o = in(_) Vector::<f32, NO>::reinterpret(out),
+        p = in(_) Vector::<u32, NP>::reinterpret(weights), body = const body
+    );
+    done
+}
+
+/// The matrix descriptor of a tile at `address` in the 128-byte swizzle: rows of eight make 1,024 bytes, panels are
+/// `panel` bytes apart.
+#[cube]
+pub(crate) fn descriptor(address: u32, #[comptime] panel: usize) -> u64 {
+    let constant = comptime![(1u64 << 62) | (units(1024) as u64) << 32 | (units(panel) as u64) << 16];
+    constant | ((address >> 4u32) as u64)
+}
+
+/// 2^x, to about two units in the last place; subnormal results are zero.
+#[cube]
+pub(crate) fn exp2_fast(x: f32) -> f32 {
+    let y: f32;
+    gpu_asm!(
+        "ex2.approx.ftz.f32 {y}, {x};",
+        y = out(_) y, x = in(_) f32::reinterpret(x), options(pure, nomem)
+    );
+    y
+}
+
+/// Two numbers rounded to the operand type and packed, `low` in the low half.
+#[cube]
+pub(crate) fn pack(low: f32, high: f32, #[comptime] operand: Operand) -> u32 {
+    let kind = comptime![operand.name()];
+    let packed: u32;
+    gpu_asm!(
+        "cvt.rn.{kind}x2.f32 {y}, {high}, {low};",
+        y = out(_) packed, high = in(_) f32::reinterpret(high), low = in(_) f32::reinterpret(low),
+        kind = const kind, options(pure, nomem)
+    );
+    packed
+}
+
+/// The address of shared memory.
+#[cube]
+pub(crate) fn shared_address(slice: &[u32]) -> u32 {
+    generic_to_shared::<u32>(slice.as_ptr())
+}
+
+/// Readies an mbarrier for `count` arrivals per phase.
+#[cube]
+pub(crate) fn barrier_init(barrier: u32, count: u32) {
+    gpu_asm!("mbarrier.init.shared::cta.b64 [{b}], {n};", b = in(_) barrier, n = in(_) count);
+}
+
+/// Makes initialised mbarriers visible to the copy engine; a `sync_cube` follows.
+#[cube]
+pub(crate) fn barriers_ready() {
+    gpu_asm!("fence.mbarrier_init.release.cluster;");
+    gpu_asm!("fence.proxy.async.shared::cta;");
+}
+
+/// One arrival.
+#[cube]
+pub(crate) fn arrive(barrier: u32) {
+    gpu_asm!("mbarrier.arrive.shared::cta.b64 _, [{b}];", b = in(_) barrier);
+}
+
+/// One arrival that also announces `bytes` to come by bulk copy.
+#[cube]
+pub(crate) fn arrive_expecting(barrier: u32, bytes: u32) {
+    gpu_asm!(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{b}], {n};",
+        b = in(_) barrier, n = in(_) bytes
+    );
+}
+
+/// Waits until the phase of that parity is over.
+#[cube]
+pub(crate) fn wait_parity(barrier: u32, parity: u32) {
+    gpu_asm!(
+        "{{ .reg .pred done; again: mbarrier.try_wait.parity.shared::cta.b64 done, [{b}], {p}; @done bra over; \
+         bra again; over: }}",
+        b = in(_) barrier, p = in(_) parity
+    );
+}
+
+/// Starts the copy of a box of a `[batch, head, token, dim]` tensor into shared memory; rows and columns beyond the
+/// tensor are filled with zeros. Arrives at `barrier` by its bytes.
+#[cube]
+pub(crate) fn load_box<E: Numeric>(
+    map: &TensorMap<E, Tiled>,
+    destination: u32,
+    barrier: u32,
+    batch: u32,
+    head: u32,
+    token: u32,
+    #[comptime] dim: u32,
+) {
+    let map = tensor_map_address(map);
+    gpu_asm!(
+        "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], \
+         [{m}, {{{dim}, {token}, {head}, {batch}}}], [{bar}];",
+        d = in(_) destination, m = in(_) map, dim = const dim, token = in(_) token, head = in(_) head,
+        batch = in(_) batch, bar = in(_) barrier
+    );
+}
+
+/// The address of global memory.
+#[cube]
+pub(crate) fn global_address<E: CubePrimitive>(pointer: *const E) -> u64 {
+    let address: u64;
+    gpu_asm!("cvta.to.global.u64 {a}, {p};", a = out(_) address, p = in(_) pointer);
+    address
+}
+
+/// Starts a copy of 16 bytes from global to shared memory.
+#[cube]
+pub(crate) fn copy_16(destination: u32, source: u64) {
+    gpu_asm!(
+        "cp.async.cg.shared.global [{d}], [{s}], 16;",
+        d = in(_) destination, s = in(_) source
+    );
+}
+
+/// Waits for this thread's copies and lets the tensor cores see them.
+#[cube]
+pub(crate) fn copies_end() {
+    gpu_asm!("cp.async.wait_all;");
+    gpu_asm!("fence.proxy.async.shared::cta;");
+}
+
+/// Stores 16 bytes to global memory.
+#[cube]
+pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {
+    gpu_asm!(
+        "st.global.v4.b32 [{at}], {{{a}, {b}, {c}, {d}}};",
+        at = in(_) destination, a = in(_) u32::reinterpret(a), b = in(_) u32::reinterpret(b),
+        c = in(_) u32::reinterpret(c), d = in(_) u32::reinterpret(d)
+    );
+}
+
+/// Stores two numbers to global memory.
+#[cube]
+pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
+    gpu_asm!(
+        "st.global.v2.f32 [{at}], {{{a}, {b}}};",
+        at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b)
+    );
+}
+
+/// Waits at the named barrier for `threads` threads.
+#[cube]
+pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.sync {n}, {threads};", n = in(_) name, threads = const threads);
+}
+
+/// Arrives at the named barrier without waiting.
+#[cube]
+pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
+}
