@@ -3,6 +3,8 @@
 
 # The LLVM release that Debian packages, which stands in where the LLVM bundle cannot be downloaded.
 SYSTEM_LLVM=22
+# NVIDIA's compilers, as packages from PyPI: kernels for GPUs are compiled on machines without one.
+CUDA_PACKAGES=(nvidia-cuda-nvrtc==13.0.88 nvidia-cuda-runtime==13.0.88 nvidia-cuda-cccl==13.0.85 nvidia-cuda-nvcc==13.0.88)
 # Tools that the checks need, at versions that build with the workspace's rust-version.
 TYPOS_VERSION=1.52.0
 MDBOOK_VERSION=0.5.4
@@ -183,3 +185,17 @@ ensure_typos() { lock_tools; install_typos; unlock_tools; }
 # Left to `cargo install`: neither mdbook nor a current cargo-deny comes as a ready package from a package registry.
 ensure_mdbook() { lock_tools; cargo_tool mdbook mdbook "$MDBOOK_VERSION" --no-default-features; unlock_tools; }
 ensure_cargo_deny() { lock_tools; cargo_tool cargo-deny cargo-deny "$CARGO_DENY_VERSION"; unlock_tools; }
+
+ensure_cuda_compilers() {
+  local python="$TOOLS/cuda" wanted="${CUDA_PACKAGES[*]}"
+  lock_tools
+  if [[ "$(cat "$python/installed" 2>/dev/null)" != "$wanted" ]]; then
+    have python3 && python3 -c 'import ensurepip, venv' 2>/dev/null || apt_install "NVIDIA's compilers" python3-venv
+    say "installing ${CUDA_PACKAGES[*]} (PyPI, into $TOOLS; once)"
+    rm -rf "$python"
+    python3 -m venv "$python" >&2 && "$python/bin/python" -m pip install --quiet --disable-pip-version-check \
+      --only-binary :all: "${CUDA_PACKAGES[@]}" </dev/null >&2 || die "could not install NVIDIA's compilers"
+    printf '%s\n' "$wanted" >"$python/installed"
+  fi
+  unlock_tools
+}

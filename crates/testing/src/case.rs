@@ -81,7 +81,7 @@ pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + us
     let numbers = (dims, any::<bool>(), elements, any::<bool>());
     let magnitudes = select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]);
     let options = (0..4u8, 0..4u8, 0..4u8, magnitudes, any::<u64>());
-    (shape, numbers, options).prop_map(|(shape, numbers, options)| {
+    (shape, numbers, options).prop_map(move |(shape, numbers, options)| {
         let (batch, kv_heads, group, query_len, other_len, lengths) = shape;
         let (head_dim, same_dim, element, out_f32) = numbers;
         let (softcap, sink_logits, portable, magnitude, seed) = options;

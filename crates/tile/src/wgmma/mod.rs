@@ -22,9 +22,13 @@ use crate::{engine::Work, portable::strides, visibility::Visibility};
 /// Rows per work item: two warpgroups of 64.
 pub(crate) const ITEM_ROWS: u32 = 128;
 
-/// Keys and values of lists that are worked on at the same time should fit the L2 cache, with room for what streams
-/// through it.
-const CACHE_BYTES: usize = 32 << 20;
+/// Lists whose items are worked on together. The more there are the more evenly items can be dealt to the cubes; the
+/// fewer there are the more cubes read the same keys and values at the same time, from the cache.
+const LISTS_AT_ONCE: usize = 16;
+
+fn tune(name: &str, default: usize) -> usize {
+    std::env::var(format!("BIFOCAL_TUNE_{name}")).ok().and_then(|x| x.parse().ok()).unwrap_or(default)
+}
 
 /// The compile-time key of a kernel: everything its code depends on, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -59,12 +63,14 @@ impl Blueprint {
             _ => return None,
         };
         // Accumulators of scores and outputs share a thread's 255 registers; tiles share 227 KiB.
-        let (keys, stages, query_stages) = match problem.head_dim {
+        let (keys, stages, query_stages): (usize, u32, u32) = match problem.head_dim {
             64 => (128, 4, 2),
             96 | 128 => (128, 2, 2),
             256 => (64, 2, 1),
             _ => return None,
         };
+        let (keys, stages, query_stages) =
+            (tune("KEYS", keys), tune("STAGES", stages as usize) as u32, tune("QSTAGES", query_stages as usize) as u32);
         let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
         let softcap = problem.softcap.is_some();
         Some(Self {
@@ -73,7 +79,7 @@ impl Blueprint {
             softcap,
             sink_logits,
             out_f32,
-            turns: true,
+            turns: tune("TURNS", 1) == 1,
             shape,
             stages,
             query_stages,
@@ -87,6 +93,11 @@ impl Blueprint {
     /// Panels of 64 columns that a row of a tile is stored in.
     const fn panels(self) -> usize {
         self.shape.dim.div_ceil(PANEL)
+    }
+
+    /// Whether rows fill their panels, so that one bulk copy takes them all.
+    const fn whole_panels(self) -> bool {
+        self.shape.dim.is_multiple_of(PANEL)
     }
 
     const fn query_bytes(self) -> usize {
@@ -173,7 +184,6 @@ pub(crate) fn launch(
     let sink_logits = inputs.sink_logits.is_some();
     let blueprint = Blueprint::new(problem, work.visibility, work.routed, sink_logits, out_f32)?;
     let lists = problem.batch * problem.kv_heads;
-    let list_bytes = 4 * problem.key_len * problem.head_dim;
     // Softmax in powers of two: exp(x) = 2^(x log2 e).
     let exponent_scale = problem.softcap.unwrap_or(problem.scale) * std::f32::consts::LOG2_E;
     let numbers = NumbersLaunch::new(
@@ -186,7 +196,7 @@ pub(crate) fn launch(
         work.max_items as u32,
         work.reach,
         lists as u32,
-        (CACHE_BYTES / list_bytes).clamp(1, lists) as u32,
+        tune("LISTS", LISTS_AT_ONCE).min(lists) as u32,
         exponent_scale,
         problem.softcap.map_or(1.0, |cap| 2.0 * std::f32::consts::LOG2_E * problem.scale / cap),
         f32::NEG_INFINITY,
@@ -204,8 +214,8 @@ pub(crate) fn launch(
             CubeCount::Static(cubes, 1, 1),
             CubeDim::new_1d(threads),
             elements(inputs.query),
-            tensor_map(inputs.key, element, keys),
-            tensor_map(inputs.value, element, keys),
+            tensor_map(inputs.key, element, blueprint),
+            tensor_map(inputs.value, element, blueprint),
             elements(inputs.key),
             elements(inputs.value),
             match &inputs.sink_logits {
@@ -232,24 +242,27 @@ pub(crate) fn launch(
     Some(())
 }
 
-/// How the copy engine reads boxes of `keys` tokens and 64 columns.
+/// How the copy engine reads a tile: as boxes of 64 columns, all of them at once where they are whole.
 ///
 /// # Safety
 /// The view has passed its checks.
-unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, keys: usize) -> TensorMapArg<Tiled> {
+unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, blueprint: Blueprint) -> TensorMapArg<Tiled> {
+    let keys = blueprint.shape.keys;
+    let ([b, h, t, d], [by_batch, by_head, by_token, _]) = (view.shape(), view.strides());
     // A dimension of size 1 is never stepped over, but its stride has to look right.
-    let mut strides = view.strides();
-    for axis in (0..3).rev() {
-        if view.shape()[axis] == 1 {
-            strides[axis] = strides[axis + 1] * view.shape()[axis + 1].max(1);
-            strides[axis] = strides[axis].next_multiple_of(8);
-        }
-    }
+    let stride = |size: usize, stride: usize| if size == 1 { d.next_multiple_of(8) } else { stride };
+    let (by_batch, by_head, by_token) = (stride(b, by_batch), stride(h, by_head), stride(t, by_token));
+    let (shape, strides, tile_size) = if blueprint.whole_panels() {
+        let panels = blueprint.panels();
+        (vec![b, h, panels, t, PANEL], vec![by_batch, by_head, PANEL, by_token, 1], vec![1, 1, panels, keys, PANEL])
+    } else {
+        (vec![b, h, t, d], vec![by_batch, by_head, by_token, 1], vec![1, 1, keys, PANEL])
+    };
     // SAFETY: the caller's.
     let tensor = unsafe {
-        TensorArg::from_raw_parts(view.handle().clone(), strides.as_slice().into(), view.shape().as_slice().into())
+        TensorArg::from_raw_parts(view.handle().clone(), strides.as_slice().into(), shape.as_slice().into())
     };
-    TensorMapArg::new(TiledArgs { tile_size: [1, 1, keys, PANEL].as_slice().into() }, tensor, element)
+    TensorMapArg::new(TiledArgs { tile_size: tile_size.as_slice().into() }, tensor, element)
         .with_swizzle(TensorMapSwizzle::B128)
 }
 

@@ -289,6 +289,25 @@ pub(crate) fn load_box<E: Numeric>(
     );
 }
 
+/// [`load_box`] of whole rows: the tensor is read as `[batch, head, panel, token, column]`, a box has every panel.
+#[cube]
+pub(crate) fn load_panels<E: Numeric>(
+    map: &TensorMap<E, Tiled>,
+    destination: u32,
+    barrier: u32,
+    batch: u32,
+    head: u32,
+    token: u32,
+) {
+    let map = tensor_map_address(map);
+    gpu_asm!(
+        "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [{d}], \
+         [{m}, {{0, {token}, 0, {head}, {batch}}}], [{bar}];",
+        d = in(_) destination, m = in(_) map, token = in(_) token, head = in(_) head,
+        batch = in(_) batch, bar = in(_) barrier
+    );
+}
+
 /// The address of global memory.
 #[cube]
 pub(crate) fn global_address<E: CubePrimitive>(pointer: *const E) -> u64 {

@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bifocal_core::device::Tensor;
 use cubecl::{
     Compiler,
     ir::{
@@ -55,12 +56,10 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
     let out: ElemType = if blueprint.out_f32 { bifocal_core::Element::F32.into() } else { element };
     let map = || {
         let shape = [1, 1, blueprint.shape.keys, blueprint.shape.dim];
+        let strides = [blueprint.shape.dim; 3];
+        let tensor = Tensor::new(handle(), blueprint.shape.operand.element(), shape, [strides[0], strides[1], strides[2], 1]);
         // SAFETY: as above.
-        let tensor = unsafe {
-            TensorArg::from_raw_parts(handle(), [8, 8, 8, 1].as_slice().into(), shape.as_slice().into())
-        };
-        let tile_size = [1, 1, blueprint.shape.keys, super::PANEL].as_slice().into();
-        TensorMapArg::new(TiledArgs { tile_size }, tensor, element).with_swizzle(TensorMapSwizzle::B128)
+        unsafe { super::tensor_map(tensor.view(), element, blueprint) }
     };
     let kernel = attend_kernel::create_dummy_kernel(
         properties,

@@ -6,7 +6,7 @@ use super::{
     Layout, Numbers, Room, WARPGROUP, WARPGROUP_ROWS,
     fetch::{Cursor, Stretch, fetch, gather},
     finish::{Row, finish, redo},
-    items::{item_of, keys_of_item, next_slot, position_of},
+    items::{Item, Keys, item_of, keys_of_item, next_slot, position_of},
     softmax::{Positions, Softmax, fold, pack_weights},
     stage_of,
 };
@@ -17,6 +17,11 @@ use crate::{
         ptx::{self, SWIZZLE},
     },
 };
+
+#[cube]
+fn stretch(item: &Item, keys: Keys, numbers: &Numbers) -> Stretch {
+    Stretch { batch: item.list / numbers.kv_heads, kv_head: item.list % numbers.kv_heads, keys }
+}
 
 #[cube]
 pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
@@ -55,25 +60,26 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let other_turn = 2u32 - warpgroup;
     let together = 3u32 + warpgroup;
 
+    // Stages of values are left last by the last warpgroup.
+    let keys_by = comptime![0u32];
+    let values_by = comptime![(blueprint.warpgroups() - 1) * WARPGROUP];
     let mut key_cursor = Cursor::new();
     let mut value_cursor = Cursor::new();
     let mut tile_number = 0u32;
     let mut item_number = 0u32;
     let mut slot = CUBE_POS as u32;
     let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
-    let mut now = Stretch { list: item.list, keys: keys_of_item(&item, rows, numbers, blueprint) };
+    let mut now = stretch(&item, keys_of_item(&item, rows, numbers, blueprint), numbers);
     if slot < count {
         gather(&item, source, rows, row_ids, 0u32, &layout.query, room, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
-                &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, 0u32, &now, &now, numbers,
-                blueprint,
-            );
+&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, 0u32, &now, &now, keys_by, blueprint,
+);
             fetch::<E>(
-                &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, 0u32, &now, &now,
-                numbers, blueprint,
-            );
+&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, 0u32, &now, &now, values_by, blueprint,
+);
         }
     }
     if comptime![blueprint.turns] {
@@ -86,15 +92,15 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
         slot = next_slot(item_number + 1u32);
         let next_item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
-        let mut next = Stretch { list: next_item.list, keys: now.keys };
+        let mut next = stretch(&next_item, now.keys, numbers);
         // Not known yet.
         next.keys.tiles = 0u32;
 
         ptx::copies_end();
         ptx::turn_wait(together, 128usize);
         let ids = buffer * comptime![blueprint.shape.rows as u32];
-        let batch = item.list / numbers.kv_heads;
-        let kv_head = item.list % numbers.kv_heads;
+        let batch = now.batch;
+        let kv_head = now.kv_head;
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
         let base = ids + warpgroup * WARPGROUP_ROWS;
@@ -159,18 +165,21 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             #[unroll]
             for _ in 0..stages {
                 fetch::<E>(
-                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now,
-                    &next, numbers, blueprint,
-                );
+&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now, &next, keys_by, blueprint,
+);
                 fetch::<E>(
-                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
-                    &now, &next, numbers, blueprint,
-                );
+&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
+);
             }
             for tile in 1..now.keys.tiles {
                 let (value_stage, value_phase) = stage_of(tile_number, stages);
                 tile_number += 1u32;
                 let (key_stage, key_phase) = stage_of(tile_number, stages);
+                // The first warpgroup waits for its turn anyway, and the last has left the stage by then.
+                fetch::<E>(
+                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next, keys_by,
+                    blueprint,
+                );
                 if comptime![blueprint.turns] {
                     ptx::turn_wait(my_turn, threads);
                 }
@@ -187,32 +196,29 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 if lane == 0u32 {
                     ptx::arrive(room.key_empty + key_stage * 8u32);
                 }
-                fetch::<E>(
-                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now,
-                    &next, numbers, blueprint,
-                );
                 let scores = fold::<NS>(scores, &mut softmax, &at, tile, &now.keys, numbers, blueprint);
                 acc = ptx::values_end::<NO, NP>(sum, weights, shape);
                 if lane == 0u32 {
                     ptx::arrive(room.value_empty + value_stage * 8u32);
                 }
                 fetch::<E>(
-                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
-                    &now, &next, numbers, blueprint,
-                );
+&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
+);
                 weights = pack_weights::<NS, NP>(&scores, blueprint);
                 let upper = softmax.correction[0];
                 let lower = softmax.correction[1];
-                #[unroll]
-                for i in 0..comptime![blueprint.shape.dim / 8] {
-                    let a = acc.extract(i * 4) * upper;
-                    let b = acc.extract(i * 4 + 1) * upper;
-                    let c = acc.extract(i * 4 + 2) * lower;
-                    let d = acc.extract(i * 4 + 3) * lower;
-                    acc.insert(i * 4, a);
-                    acc.insert(i * 4 + 1, b);
-                    acc.insert(i * 4 + 2, c);
-                    acc.insert(i * 4 + 3, d);
+                if plane_any(upper != 1.0f32 || lower != 1.0f32) {
+                    #[unroll]
+                    for i in 0..comptime![blueprint.shape.dim / 8] {
+                        let a = acc.extract(i * 4) * upper;
+                        let b = acc.extract(i * 4 + 1) * upper;
+                        let c = acc.extract(i * 4 + 2) * lower;
+                        let d = acc.extract(i * 4 + 3) * lower;
+                        acc.insert(i * 4, a);
+                        acc.insert(i * 4 + 1, b);
+                        acc.insert(i * 4 + 2, c);
+                        acc.insert(i * 4 + 3, d);
+                    }
                 }
             }
             let (stage, phase) = stage_of(tile_number, stages);
@@ -232,22 +238,19 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 ptx::arrive(room.value_empty + stage * 8u32);
             }
             fetch::<E>(
-                &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now,
-                &next, numbers, blueprint,
-            );
+&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
+);
         } else if slot < count {
             next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
             gather(&next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint);
             #[unroll]
             for _ in 0..stages {
                 fetch::<E>(
-                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next,
-                    numbers, blueprint,
-                );
+&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next, keys_by, blueprint,
+);
                 fetch::<E>(
-                    &mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number,
-                    &now, &next, numbers, blueprint,
-                );
+&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
+);
             }
         }
 
@@ -278,10 +281,11 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         item.list = next_item.list;
         item.first = next_item.first;
         item.rows = next_item.rows;
-        now.list = next.list;
+        now.batch = next.batch;
+        now.kv_head = next.kv_head;
         now.keys.set(&next.keys);
-        key_cursor.turn();
-        value_cursor.turn();
+        key_cursor.advance();
+        value_cursor.advance();
         item_number += 1u32;
     }
 }

@@ -67,7 +67,8 @@ pub(super) struct Cursor {
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Stretch {
-    pub(super) list: u32,
+    pub(super) batch: u32,
+    pub(super) kv_head: u32,
     pub(super) keys: Keys,
 }
 
@@ -82,7 +83,7 @@ impl Cursor {
     }
 
     /// The next item becomes the current one.
-    pub(super) fn turn(&mut self) {
+    pub(super) fn advance(&mut self) {
         if self.state[2] == 0u32 {
             self.state[1] = 0u32;
         }
@@ -91,7 +92,7 @@ impl Cursor {
 }
 
 /// Starts the copy of the next tile of keys (or values), if there is one and a stage for it: stages of the first `done`
-/// tiles are free as far as this warpgroup knows.
+/// tiles are free as far as this warpgroup knows. One thread, `by`, does it for the cube.
 #[cube]
 pub(super) fn fetch<E: Float>(
     cursor: &mut Cursor,
@@ -102,39 +103,41 @@ pub(super) fn fetch<E: Float>(
     done: u32,
     now: &Stretch,
     next: &Stretch,
-    numbers: &Numbers,
+    #[comptime] by: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let stages = comptime![blueprint.stages];
     let bytes = comptime![blueprint.key_bytes() as u32];
-    if cursor.state[2] == 0u32 && cursor.state[1] >= now.keys.tiles {
-        cursor.state[1] = 0u32;
-        cursor.state[2] = 1u32;
-    }
-    let ahead = cursor.state[2] == 1u32;
-    let tile = cursor.state[1];
-    let number = cursor.state[0];
-    if tile < select(ahead, next.keys.tiles, now.keys.tiles) && number < done + stages {
-        let list = select(ahead, next.list, now.list);
-        let mut start = tile_start(&now.keys, tile, blueprint);
-        if ahead {
-            start = tile_start(&next.keys, tile, blueprint);
+    if UNIT_POS == by {
+        if cursor.state[2] == 0u32 && cursor.state[1] >= now.keys.tiles {
+            cursor.state[1] = 0u32;
+            cursor.state[2] = 1u32;
         }
-        // The last warpgroup frees stages last, so that its thread hardly ever waits here.
-        if UNIT_POS == comptime![(blueprint.warpgroups() - 1) * 128] {
+        let ahead = cursor.state[2] == 1u32;
+        let tile = cursor.state[1];
+        let number = cursor.state[0];
+        if tile < select(ahead, next.keys.tiles, now.keys.tiles) && number < done + stages {
+            let batch = select(ahead, next.batch, now.batch);
+            let head = select(ahead, next.kv_head, now.kv_head);
+            let mut start = tile_start(&now.keys, tile, blueprint);
+            if ahead {
+                start = tile_start(&next.keys, tile, blueprint);
+            }
             let (stage, phase) = stage_of(number, stages);
             let full = full + stage * 8u32;
             ptx::wait_parity(empty + stage * 8u32, phase ^ 1u32);
             ptx::arrive_expecting(full, bytes);
-            #[unroll]
-            for panel in 0..comptime![blueprint.panels() as u32] {
-                let at = ring + stage * bytes + comptime![panel * (blueprint.shape.keys * SWIZZLE) as u32];
-                let batch = list / numbers.kv_heads;
-                let head = list % numbers.kv_heads;
-                ptx::load_box::<E>(map, at, full, batch, head, start as u32, comptime![panel * PANEL as u32]);
+            if comptime![blueprint.whole_panels()] {
+                ptx::load_panels::<E>(map, ring + stage * bytes, full, batch, head, start as u32);
+            } else {
+                #[unroll]
+                for panel in 0..comptime![blueprint.panels() as u32] {
+                    let at = ring + stage * bytes + comptime![panel * (blueprint.shape.keys * SWIZZLE) as u32];
+                    ptx::load_box::<E>(map, at, full, batch, head, start as u32, comptime![panel * PANEL as u32]);
+                }
             }
+            cursor.state[0] = number + 1u32;
+            cursor.state[1] = tile + 1u32;
         }
-        cursor.state[0] = number + 1u32;
-        cursor.state[1] = tile + 1u32;
     }
 }

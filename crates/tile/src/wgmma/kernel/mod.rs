@@ -43,7 +43,7 @@ pub(crate) struct Numbers {
     pub(crate) reach: u32,
     /// Batch x kv heads.
     pub(crate) lists: u32,
-    /// Lists whose items are taken together, longest first, before the next lists': as many as the cache holds.
+    /// Lists whose items are taken together, before the next lists'.
     pub(crate) lists_at_once: u32,
     /// What a score is multiplied by to become an exponent of two.
     pub(crate) exponent_scale: f32,
