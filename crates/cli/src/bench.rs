@@ -370,8 +370,15 @@ fn print(report: &Report) {
         report.far_share * 100.0,
         report.far_tokens * 100.0,
     );
-    let mut table =
-        output::table(["case", "length", "routine", "median ms", "fastest ms", "useful GFLOP/s", "first call ms"]);
+    let mut table = output::table([
+        "case",
+        "length",
+        "routine",
+        "median ms",
+        "fastest ms",
+        "useful GFLOP/s",
+        "first call ms",
+    ]);
     for timing in &report.timings {
         table.add_row([
             timing.case.to_string(),

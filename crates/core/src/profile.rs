@@ -61,7 +61,11 @@ impl DeviceProfile {
             name: properties.identity.name.clone(),
             elements,
             cpu_cores: hardware.num_cpu_cores,
-            cuda_arch: properties.identity.fingerprint.strip_prefix("ptx_sm").and_then(|arch| arch.parse().ok()),
+            cuda_arch: properties
+                .identity
+                .fingerprint
+                .strip_prefix("ptx_sm")
+                .and_then(|arch| arch.parse().ok()),
             multiprocessors: hardware.num_streaming_multiprocessors.unwrap_or(1),
             max_units_per_cube: hardware.max_units_per_cube,
             plane_size: (hardware.plane_size_min, hardware.plane_size_max),

@@ -26,7 +26,12 @@ pub struct Options<F> {
 impl<F: Float> Options<F> {
     /// Scale 1/sqrt(`head_dim`), no softcap, no sink logits.
     pub fn new(head_dim: usize) -> Self {
-        Self { scale: number::<F>(head_dim as f64).sqrt().recip(), softcap: None, sink_logits: None, round_weight: |weight| weight }
+        Self {
+            scale: number::<F>(head_dim as f64).sqrt().recip(),
+            softcap: None,
+            sink_logits: None,
+            round_weight: |weight| weight,
+        }
     }
 }
 

@@ -75,7 +75,8 @@ impl<'a> Work<'a> {
             }
             Rows::Routed(routed) => {
                 if routed.item_rows != item_rows(profile) {
-                    let expected = format!("{} (what the engine computes at once on this device)", item_rows(profile));
+                    let expected =
+                        format!("{} (what the engine computes at once on this device)", item_rows(profile));
                     return Err(Error::option("rows per item of the plan", routed.item_rows, expected));
                 }
                 let shape = [problem.batch, problem.kv_heads, problem.packed_rows()];

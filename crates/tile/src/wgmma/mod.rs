@@ -26,10 +26,6 @@ pub(crate) const ITEM_ROWS: u32 = 128;
 /// fewer there are the more cubes read the same keys and values at the same time, from the cache.
 const LISTS_AT_ONCE: usize = 16;
 
-fn tune(name: &str, default: usize) -> usize {
-    std::env::var(format!("BIFOCAL_TUNE_{name}")).ok().and_then(|x| x.parse().ok()).unwrap_or(default)
-}
-
 /// The compile-time key of a kernel: everything its code depends on, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Blueprint {
@@ -39,8 +35,6 @@ pub(crate) struct Blueprint {
     softcap: bool,
     sink_logits: bool,
     out_f32: bool,
-    /// Warpgroups take turns at issuing products, so that one's softmax runs beside the other's products.
-    turns: bool,
     shape: Shape,
     /// Tiles of keys, and of values, in flight.
     stages: u32,
@@ -69,21 +63,9 @@ impl Blueprint {
             256 => (64, 2, 1),
             _ => return None,
         };
-        let (keys, stages, query_stages) =
-            (tune("KEYS", keys), tune("STAGES", stages as usize) as u32, tune("QSTAGES", query_stages as usize) as u32);
         let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
         let softcap = problem.softcap.is_some();
-        Some(Self {
-            visibility,
-            routed,
-            softcap,
-            sink_logits,
-            out_f32,
-            turns: tune("TURNS", 1) == 1,
-            shape,
-            stages,
-            query_stages,
-        })
+        Some(Self { visibility, routed, softcap, sink_logits, out_f32, shape, stages, query_stages })
     }
 
     const fn warpgroups(self) -> u32 {
@@ -196,7 +178,7 @@ pub(crate) fn launch(
         work.max_items as u32,
         work.reach,
         lists as u32,
-        tune("LISTS", LISTS_AT_ONCE).min(lists) as u32,
+        LISTS_AT_ONCE.min(lists) as u32,
         exponent_scale,
         problem.softcap.map_or(1.0, |cap| 2.0 * std::f32::consts::LOG2_E * problem.scale / cap),
         f32::NEG_INFINITY,
@@ -246,7 +228,11 @@ pub(crate) fn launch(
 ///
 /// # Safety
 /// The view has passed its checks.
-unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, blueprint: Blueprint) -> TensorMapArg<Tiled> {
+unsafe fn tensor_map(
+    view: TensorView<'_, 4>,
+    element: ElemType,
+    blueprint: Blueprint,
+) -> TensorMapArg<Tiled> {
     let keys = blueprint.shape.keys;
     let ([b, h, t, d], [by_batch, by_head, by_token, _]) = (view.shape(), view.strides());
     // A dimension of size 1 is never stepped over, but its stride has to look right.
@@ -254,7 +240,11 @@ unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, blueprint: Blue
     let (by_batch, by_head, by_token) = (stride(b, by_batch), stride(h, by_head), stride(t, by_token));
     let (shape, strides, tile_size) = if blueprint.whole_panels() {
         let panels = blueprint.panels();
-        (vec![b, h, panels, t, PANEL], vec![by_batch, by_head, PANEL, by_token, 1], vec![1, 1, panels, keys, PANEL])
+        (
+            vec![b, h, panels, t, PANEL],
+            vec![by_batch, by_head, PANEL, by_token, 1],
+            vec![1, 1, panels, keys, PANEL],
+        )
     } else {
         (vec![b, h, t, d], vec![by_batch, by_head, by_token, 1], vec![1, 1, keys, PANEL])
     };
@@ -266,23 +256,28 @@ unsafe fn tensor_map(view: TensorView<'_, 4>, element: ElemType, blueprint: Blue
         .with_swizzle(TensorMapSwizzle::B128)
 }
 
-/// The CUDA C++ of the kernels in the choice table whose name contains `part`, with their names: what a machine without a
-/// GPU can compile.
+/// The CUDA C++ of the kernels whose name contains `part`, with their names: what a machine without a GPU can compile. One
+/// kernel for every shape of tile and every visibility; softcap, sink logits and f32 outputs change little.
 ///
 /// # Errors
 /// What CubeCL's compiler has to say.
 pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
     use Visibility::{All, Far, SinksAndWindow, Window};
 
+    let at = |head_dim: usize, element: Element, visibility: Visibility, routed: bool| {
+        let shape = [1, 1, 128, head_dim];
+        let problem = Problem::new(shape, shape, element).ok()?;
+        Blueprint::new(&problem, visibility, routed, false, false)
+    };
     let mut blueprints = Vec::new();
     for head_dim in [64, 96, 128, 256] {
-        for element in [Element::F16, Element::Bf16] {
-            for (visibility, routed) in [(All, false), (All, true), (Window, false), (Window, true), (SinksAndWindow, true), (Far, true)] {
-                let shape = [1, 1, 128, head_dim];
-                let Ok(problem) = Problem::new(shape, shape, element) else { continue };
-                blueprints.extend(Blueprint::new(&problem, visibility, routed, false, false));
-            }
+        for (visibility, routed) in [(All, false), (All, true), (Window, false), (Window, true)] {
+            blueprints.extend(at(head_dim, Element::Bf16, visibility, routed));
         }
+    }
+    for (element, visibility) in [(Element::F16, All), (Element::Bf16, SinksAndWindow), (Element::Bf16, Far)]
+    {
+        blueprints.extend(at(128, element, visibility, true));
     }
     let named = blueprints.into_iter().map(|blueprint| {
         let Shape { operand, dim, .. } = blueprint.shape;

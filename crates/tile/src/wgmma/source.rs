@@ -57,7 +57,12 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
     let map = || {
         let shape = [1, 1, blueprint.shape.keys, blueprint.shape.dim];
         let strides = [blueprint.shape.dim; 3];
-        let tensor = Tensor::new(handle(), blueprint.shape.operand.element(), shape, [strides[0], strides[1], strides[2], 1]);
+        let tensor = Tensor::new(
+            handle(),
+            blueprint.shape.operand.element(),
+            shape,
+            [strides[0], strides[1], strides[2], 1],
+        );
         // SAFETY: as above.
         unsafe { super::tensor_map(tensor.view(), element, blueprint) }
     };
@@ -100,7 +105,10 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
     };
     let options = CompilationOptions { supports_features, ..Default::default() };
     let mut compiler = CppCompiler::<Cuda>::default();
-    compiler.compile(definition, &options).map(|kernel| kernel.to_string()).map_err(|error| format!("{error:?}"))
+    compiler
+        .compile(definition, &options)
+        .map(|kernel| kernel.to_string())
+        .map_err(|error| format!("{error:?}"))
 }
 
 /// What the CUDA runtime says of an H100, as far as kernels ask.

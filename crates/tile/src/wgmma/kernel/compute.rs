@@ -75,17 +75,33 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
-&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, 0u32, &now, &now, keys_by, blueprint,
-);
+                &mut key_cursor,
+                key_map,
+                room.key,
+                room.key_full,
+                room.key_empty,
+                0u32,
+                &now,
+                &now,
+                keys_by,
+                blueprint,
+            );
             fetch::<E>(
-&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, 0u32, &now, &now, values_by, blueprint,
-);
+                &mut value_cursor,
+                value_map,
+                room.value,
+                room.value_full,
+                room.value_empty,
+                0u32,
+                &now,
+                &now,
+                values_by,
+                blueprint,
+            );
         }
     }
-    if comptime![blueprint.turns] {
-        if warpgroup == 1u32 {
-            ptx::turn_give(1u32, threads);
-        }
+    if warpgroup == 1u32 {
+        ptx::turn_give(1u32, threads);
     }
     while slot < count {
         let buffer = item_number % comptime![blueprint.query_stages];
@@ -117,11 +133,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             last: position_of(last_id, numbers),
         };
 
-        let mut softmax = Softmax {
-            maximum: Array::new(2usize),
-            sum: Array::new(2usize),
-            correction: Array::new(2usize),
-        };
+        let mut softmax =
+            Softmax { maximum: Array::new(2usize), sum: Array::new(2usize), correction: Array::new(2usize) };
         softmax.maximum[0] = numbers.neg_inf;
         softmax.maximum[1] = numbers.neg_inf;
         softmax.sum[0] = 0.0f32;
@@ -158,18 +171,44 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
                 if comptime![blueprint.query_stages > 1] {
                     gather(
-                        &next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint,
+                        &next_item,
+                        source,
+                        rows,
+                        row_ids,
+                        next_buffer,
+                        &layout.query,
+                        room,
+                        numbers,
+                        blueprint,
                     );
                 }
             }
             #[unroll]
             for _ in 0..stages {
                 fetch::<E>(
-&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number + 1u32, &now, &next, keys_by, blueprint,
-);
+                    &mut key_cursor,
+                    key_map,
+                    room.key,
+                    room.key_full,
+                    room.key_empty,
+                    tile_number + 1u32,
+                    &now,
+                    &next,
+                    keys_by,
+                    blueprint,
+                );
                 fetch::<E>(
-&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
-);
+                    &mut value_cursor,
+                    value_map,
+                    room.value,
+                    room.value_full,
+                    room.value_empty,
+                    tile_number,
+                    &now,
+                    &next,
+                    values_by,
+                    blueprint,
+                );
             }
             for tile in 1..now.keys.tiles {
                 let (value_stage, value_phase) = stage_of(tile_number, stages);
@@ -177,21 +216,25 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 let (key_stage, key_phase) = stage_of(tile_number, stages);
                 // The first warpgroup waits for its turn anyway, and the last has left the stage by then.
                 fetch::<E>(
-                    &mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next, keys_by,
+                    &mut key_cursor,
+                    key_map,
+                    room.key,
+                    room.key_full,
+                    room.key_empty,
+                    tile_number,
+                    &now,
+                    &next,
+                    keys_by,
                     blueprint,
                 );
-                if comptime![blueprint.turns] {
-                    ptx::turn_wait(my_turn, threads);
-                }
+                ptx::turn_wait(my_turn, threads);
                 ptx::wait_parity(room.key_full + key_stage * 8u32, key_phase);
                 let key_descriptor = ptx::descriptor(room.key + key_stage * tile_bytes, key_panel);
                 ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
                 let value_descriptor = ptx::descriptor(room.value + value_stage * tile_bytes, key_panel);
                 let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
                 let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
-                if comptime![blueprint.turns] {
-                    ptx::turn_give(other_turn, threads);
-                }
+                ptx::turn_give(other_turn, threads);
                 let scores = ptx::scores_end::<NS>(scores, 1usize, shape);
                 if lane == 0u32 {
                     ptx::arrive(room.key_empty + key_stage * 8u32);
@@ -202,8 +245,17 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     ptx::arrive(room.value_empty + value_stage * 8u32);
                 }
                 fetch::<E>(
-&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
-);
+                    &mut value_cursor,
+                    value_map,
+                    room.value,
+                    room.value_full,
+                    room.value_empty,
+                    tile_number,
+                    &now,
+                    &next,
+                    values_by,
+                    blueprint,
+                );
                 weights = pack_weights::<NS, NP>(&scores, blueprint);
                 let upper = softmax.correction[0];
                 let lower = softmax.correction[1];
@@ -229,7 +281,15 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if comptime![blueprint.query_stages == 1] {
                 if slot < count {
                     gather(
-                        &next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint,
+                        &next_item,
+                        source,
+                        rows,
+                        row_ids,
+                        next_buffer,
+                        &layout.query,
+                        room,
+                        numbers,
+                        blueprint,
                     );
                 }
             }
@@ -238,29 +298,80 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 ptx::arrive(room.value_empty + stage * 8u32);
             }
             fetch::<E>(
-&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
-);
+                &mut value_cursor,
+                value_map,
+                room.value,
+                room.value_full,
+                room.value_empty,
+                tile_number,
+                &now,
+                &next,
+                values_by,
+                blueprint,
+            );
         } else if slot < count {
             next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
             gather(&next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint);
             #[unroll]
             for _ in 0..stages {
                 fetch::<E>(
-&mut key_cursor, key_map, room.key, room.key_full, room.key_empty, tile_number, &now, &next, keys_by, blueprint,
-);
+                    &mut key_cursor,
+                    key_map,
+                    room.key,
+                    room.key_full,
+                    room.key_empty,
+                    tile_number,
+                    &now,
+                    &next,
+                    keys_by,
+                    blueprint,
+                );
                 fetch::<E>(
-&mut value_cursor, value_map, room.value, room.value_full, room.value_empty, tile_number, &now, &next, values_by, blueprint,
-);
+                    &mut value_cursor,
+                    value_map,
+                    room.value,
+                    room.value_full,
+                    room.value_empty,
+                    tile_number,
+                    &now,
+                    &next,
+                    values_by,
+                    blueprint,
+                );
             }
         }
 
         let upper = finish::<NO>(
-            &acc, &softmax, upper_id, upper_token, upper_head, at.upper, tile_row < item.rows, batch, lse, target,
-            out_strides, numbers, 0usize, blueprint,
+            &acc,
+            &softmax,
+            upper_id,
+            upper_token,
+            upper_head,
+            at.upper,
+            tile_row < item.rows,
+            batch,
+            lse,
+            target,
+            out_strides,
+            numbers,
+            0usize,
+            blueprint,
         );
         let lower = finish::<NO>(
-            &acc, &softmax, lower_id, lower_token, lower_head, at.lower, tile_row + 8u32 < item.rows, batch, lse,
-            target, out_strides, numbers, 1usize, blueprint,
+            &acc,
+            &softmax,
+            lower_id,
+            lower_token,
+            lower_head,
+            at.lower,
+            tile_row + 8u32 < item.rows,
+            batch,
+            lse,
+            target,
+            out_strides,
+            numbers,
+            1usize,
+            blueprint,
         );
         if plane_any(upper.odd + lower.odd > 0u32) {
             for r in 0..16u32 {
@@ -274,7 +385,9 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
                 };
                 if row.odd > 0u32 {
-                    redo::<E, O>(&row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint);
+                    redo::<E, O>(
+                        &row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
+                    );
                 }
             }
         }

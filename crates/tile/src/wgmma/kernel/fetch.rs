@@ -132,8 +132,17 @@ pub(super) fn fetch<E: Float>(
             } else {
                 #[unroll]
                 for panel in 0..comptime![blueprint.panels() as u32] {
-                    let at = ring + stage * bytes + comptime![panel * (blueprint.shape.keys * SWIZZLE) as u32];
-                    ptx::load_box::<E>(map, at, full, batch, head, start as u32, comptime![panel * PANEL as u32]);
+                    let at =
+                        ring + stage * bytes + comptime![panel * (blueprint.shape.keys * SWIZZLE) as u32];
+                    ptx::load_box::<E>(
+                        map,
+                        at,
+                        full,
+                        batch,
+                        head,
+                        start as u32,
+                        comptime![panel * PANEL as u32],
+                    );
                 }
             }
             cursor.state[0] = number + 1u32;

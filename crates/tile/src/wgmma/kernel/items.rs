@@ -89,7 +89,12 @@ pub(super) fn position_of(row: u32, numbers: &Numbers) -> i32 {
 
 /// Which keys an item visits.
 #[cube]
-pub(super) fn keys_of_item(item: &Item, rows: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
+pub(super) fn keys_of_item(
+    item: &Item,
+    rows: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Keys {
     let first = row_at(item, 0u32, rows, numbers, blueprint);
     let last = row_at(item, item.rows, rows, numbers, blueprint);
     keys_of(position_of(first, numbers), position_of(last, numbers), numbers, blueprint)

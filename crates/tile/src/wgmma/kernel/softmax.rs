@@ -8,6 +8,9 @@ use super::{
 };
 use crate::wgmma::{Blueprint, ptx};
 
+/// Independent maxima and sums per row and thread.
+const CHAINS: usize = 4;
+
 /// The two rows of a thread, and those of its warpgroup, as positions.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -90,13 +93,22 @@ pub(super) fn fold<NS: Size>(
             scores.insert(i, score);
         }
     }
-    let mut upper = softmax.maximum[0];
-    let mut lower = softmax.maximum[1];
+    // Chains of dependent instructions are kept short: several maxima, several sums.
+    let mut uppers = Array::<f32>::new(CHAINS);
+    let mut lowers = Array::<f32>::new(CHAINS);
+    #[unroll]
+    for chain in 0..CHAINS {
+        uppers[chain] = softmax.maximum[0];
+        lowers[chain] = softmax.maximum[1];
+    }
     #[unroll]
     for i in 0..comptime![count / 4] {
-        upper = max(upper, max(scores.extract(i * 4), scores.extract(i * 4 + 1)));
-        lower = max(lower, max(scores.extract(i * 4 + 2), scores.extract(i * 4 + 3)));
+        let chain = comptime![i % CHAINS];
+        uppers[chain] = max(uppers[chain], max(scores.extract(i * 4), scores.extract(i * 4 + 1)));
+        lowers[chain] = max(lowers[chain], max(scores.extract(i * 4 + 2), scores.extract(i * 4 + 3)));
     }
+    let upper = max(max(uppers[0], uppers[1]), max(uppers[2], uppers[3]));
+    let lower = max(max(lowers[0], lowers[1]), max(lowers[2], lowers[3]));
     let upper = raise(softmax.maximum[0], row_max(upper), numbers);
     let lower = raise(softmax.maximum[1], row_max(lower), numbers);
     // A row that has seen no key keeps a finite offset, so that its weights become exp(-inf) = 0.
@@ -106,23 +118,29 @@ pub(super) fn fold<NS: Size>(
     let lower_correction = ptx::exp2_fast(fma(softmax.maximum[1], numbers.exponent_scale, -lower_offset));
     softmax.maximum[0] = upper;
     softmax.maximum[1] = lower;
-    let mut upper_sum = f32::new(0.0);
-    let mut lower_sum = f32::new(0.0);
+    #[unroll]
+    for chain in 0..CHAINS {
+        uppers[chain] = 0.0f32;
+        lowers[chain] = 0.0f32;
+    }
     #[unroll]
     for i in 0..comptime![count / 4] {
         let a = ptx::exp2_fast(fma(scores.extract(i * 4), numbers.exponent_scale, -upper_offset));
         let b = ptx::exp2_fast(fma(scores.extract(i * 4 + 1), numbers.exponent_scale, -upper_offset));
         let c = ptx::exp2_fast(fma(scores.extract(i * 4 + 2), numbers.exponent_scale, -lower_offset));
         let d = ptx::exp2_fast(fma(scores.extract(i * 4 + 3), numbers.exponent_scale, -lower_offset));
-        upper_sum += a + b;
-        lower_sum += c + d;
+        let chain = comptime![i % CHAINS];
+        uppers[chain] += a + b;
+        lowers[chain] += c + d;
         scores.insert(i * 4, a);
         scores.insert(i * 4 + 1, b);
         scores.insert(i * 4 + 2, c);
         scores.insert(i * 4 + 3, d);
     }
-    softmax.sum[0] = softmax.sum[0] * upper_correction + upper_sum;
-    softmax.sum[1] = softmax.sum[1] * lower_correction + lower_sum;
+    let upper_sum = (uppers[0] + uppers[1]) + (uppers[2] + uppers[3]);
+    let lower_sum = (lowers[0] + lowers[1]) + (lowers[2] + lowers[3]);
+    softmax.sum[0] = fma(softmax.sum[0], upper_correction, upper_sum);
+    softmax.sum[1] = fma(softmax.sum[1], lower_correction, lower_sum);
     softmax.correction[0] = upper_correction;
     softmax.correction[1] = lower_correction;
     scores
