@@ -9,6 +9,10 @@
 //! There is no warp that only fetches: nine warps would leave each thread 168 registers, eight leave 255, and CubeCL
 //! cannot ask for the launch bounds under which registers could be reallocated.
 
+// In a kernel `%` is one instruction and `is_multiple_of` is not there; an `if` on compile-time values stays apart from
+// one on run-time values.
+#![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
+
 use cubecl::prelude::*;
 
 mod compute;
