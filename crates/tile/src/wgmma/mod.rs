@@ -22,9 +22,13 @@ use crate::{engine::Work, portable::strides, visibility::Visibility};
 /// Rows per work item: two warpgroups of 64.
 pub(crate) const ITEM_ROWS: u32 = 128;
 
-/// Lists whose items are worked on together. The more there are the more evenly items can be dealt to the cubes; the
-/// fewer there are the more cubes read the same keys and values at the same time, from the cache.
-const LISTS_AT_ONCE: usize = 16;
+/// Keys and values up to this size are worked on all at once: the more lists there are the more evenly items are dealt
+/// to the cubes. Measured on an H100: at 134 MB 5 % faster than in turns, at 268 MB 5 % slower.
+const AT_ONCE_BYTES: usize = 160 << 20;
+
+/// Beyond that, lists take turns, as many as fit the L2 cache, so that cubes that read the same keys and values at the
+/// same time find them there.
+const CACHE_BYTES: usize = 48 << 20;
 
 /// The compile-time key of a kernel: everything its code depends on, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -178,7 +182,7 @@ pub(crate) fn launch(
         work.max_items as u32,
         work.reach,
         lists as u32,
-        LISTS_AT_ONCE.min(lists) as u32,
+        lists_at_once(problem) as u32,
         exponent_scale,
         problem.softcap.map_or(1.0, |cap| 2.0 * std::f32::consts::LOG2_E * problem.scale / cap),
         f32::NEG_INFINITY,
@@ -222,6 +226,13 @@ pub(crate) fn launch(
         );
     }
     Some(())
+}
+
+/// Lists whose items are dealt to the cubes together.
+fn lists_at_once(problem: &Problem) -> usize {
+    let lists = problem.batch * problem.kv_heads;
+    let bytes = 2 * problem.element.size() * problem.key_len * problem.head_dim;
+    if lists * bytes <= AT_ONCE_BYTES { lists } else { (CACHE_BYTES / bytes).clamp(1, lists) }
 }
 
 /// How the copy engine reads a tile: as boxes of 64 columns, all of them at once where they are whole.

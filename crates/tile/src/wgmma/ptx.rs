@@ -60,6 +60,9 @@ pub(crate) const SWIZZLE: usize = 128;
 /// Elements in such a row.
 pub(crate) const PANEL: usize = SWIZZLE / 2;
 
+/// The high half of every matrix descriptor: 128-byte swizzle, groups of eight rows 1,024 bytes apart.
+const DESCRIPTOR_HIGH: u32 = (1 << 30) | units(1024) as u32;
+
 fn registers(from: usize, count: usize) -> String {
     let names: Vec<String> = (from..from + count).map(|i| format!("%{i}")).collect();
     format!("{{{}}}", names.join(", "))
@@ -77,16 +80,17 @@ impl Shape {
         let accumulators = keys / 2;
         let (query, key) = (accumulators, accumulators + 1);
         let mut text = String::from(
-            "{ .reg .pred first, more; .reg .b64 a, b; setp.ne.b32 first, 0, 0; setp.ne.b32 more, 1, 0; \
-             wgmma.fence.sync.aligned; ",
+            "{ .reg .pred first, more; .reg .b32 x, y, high; .reg .b64 a, b; setp.ne.b32 first, 0, 0; \
+             setp.ne.b32 more, 1, 0; ",
         );
+        text += &format!("mov.b32 high, {DESCRIPTOR_HIGH}; wgmma.fence.sync.aligned; ");
         for step in 0..dim / 16 {
             let (panel, within) = (step * 16 / PANEL, units(step * 16 % PANEL * 2));
             let a = panel * units(rows * SWIZZLE) + within;
             let b = panel * units(keys * SWIZZLE) + within;
             let accumulate = if step == 0 { "first" } else { "more" };
             text += &format!(
-                "add.s64 a, %{query}, {a}; add.s64 b, %{key}, {b}; \
+                "add.u32 x, %{query}, {a}; mov.b64 a, {{x, high}}; add.u32 y, %{key}, {b}; mov.b64 b, {{y, high}}; \
                  wgmma.mma_async.sync.aligned.m64n{keys}k16.f32.{t}.{t} {d}, a, b, {accumulate}, 1, 1, 0, 0; ",
                 t = operand.name(),
                 d = registers(0, accumulators),
@@ -101,14 +105,17 @@ impl Shape {
         let columns = self.columns();
         let (accumulators, weights) = (columns / 2, keys / 4);
         let value = 2 * accumulators + weights;
-        let mut text = String::from("{ .reg .pred more; .reg .b64 b; setp.ne.b32 more, 1, 0; ");
+        let mut text = format!(
+            "{{ .reg .pred more; .reg .b32 y, high; .reg .b64 b; setp.ne.b32 more, 1, 0; \
+             mov.b32 high, {DESCRIPTOR_HIGH}; ",
+        );
         for i in 0..accumulators {
             text += &format!("mov.f32 %{i}, %{}; ", i + accumulators);
         }
         text += "wgmma.fence.sync.aligned; ";
         for step in 0..keys / 16 {
             text += &format!(
-                "add.s64 b, %{value}, {b}; \
+                "add.u32 y, %{value}, {b}; mov.b64 b, {{y, high}}; \
                  wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{t}.{t} {d}, {a}, b, more, 1, 1, 1; ",
                 b = step * units(16 * SWIZZLE),
                 t = operand.name(),
@@ -131,7 +138,7 @@ fn wait(pending: usize, count: usize) -> String {
 
 /// Begins S = Q K^T for the 64 rows that `query` describes against the `keys` that `key` describes.
 #[cube]
-pub(crate) fn scores_begin<NS: Size>(query: u64, key: u64, #[comptime] shape: Shape) -> Vector<f32, NS> {
+pub(crate) fn scores_begin<NS: Size>(query: u32, key: u32, #[comptime] shape: Shape) -> Vector<f32, NS> {
     let body = comptime![shape.scores()];
     let scores: Vector<f32, NS>;
     gpu_asm!(
@@ -162,7 +169,7 @@ pub(crate) fn scores_end<NS: Size>(
 pub(crate) fn values_begin<NO: Size, NP: Size>(
     out: Vector<f32, NO>,
     weights: Vector<u32, NP>,
-    value: u64,
+    value: u32,
     #[comptime] shape: Shape,
 ) -> Vector<f32, NO> {
     let body = comptime![shape.values()];
@@ -192,12 +199,13 @@ pub(crate) fn values_end<NO: Size, NP: Size>(
     done
 }
 
-/// The matrix descriptor of a tile at `address` in the 128-byte swizzle: rows of eight make 1,024 bytes, panels are
-/// `panel` bytes apart.
+/// The low half of the matrix descriptor of a tile at `address` in the 128-byte swizzle, whose panels are `panel` bytes
+/// apart. Steps through the tile are added to it; the high half is [`DESCRIPTOR_HIGH`].
 #[cube]
-pub(crate) fn descriptor(address: u32, #[comptime] panel: usize) -> u64 {
-    let constant = comptime![(1u64 << 62) | (units(1024) as u64) << 32 | (units(panel) as u64) << 16];
-    constant | ((address >> 4u32) as u64)
+pub(crate) fn descriptor(address: u32, #[comptime] panel: usize) -> u32 {
+    let panels = comptime![(units(panel) as u32) << 16];
+    // The same in every thread of a warp, and now the assembler knows.
+    plane_broadcast(panels | (address >> 4u32), 0u32)
 }
 
 /// 2^x, to about two units in the last place; subnormal results are zero.

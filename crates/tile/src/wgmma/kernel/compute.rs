@@ -259,6 +259,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 weights = pack_weights::<NS, NP>(&scores, blueprint);
                 let upper = softmax.correction[0];
                 let lower = softmax.correction[1];
+                // Maxima grow ever more rarely: most tiles of a long row leave what was summed as it is.
                 if plane_any(upper != 1.0f32 || lower != 1.0f32) {
                     #[unroll]
                     for i in 0..comptime![blueprint.shape.dim / 8] {

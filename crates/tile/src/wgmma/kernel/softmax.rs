@@ -50,13 +50,6 @@ pub(super) fn squash(score: f32, numbers: &Numbers) -> f32 {
     1.0f32 - 2.0f32 / (1.0f32 + ptx::exp2_fast(score * numbers.softcap_scale))
 }
 
-/// What exponents of a row are relative to from now on: the maximum so far, unless that is only a little above what they
-/// are relative to already. Weights up to 2^8 are as exact as weights up to 1, and what was summed need not be scaled.
-#[cube]
-fn raise(before: f32, maximum: f32, numbers: &Numbers) -> f32 {
-    select((maximum - before) * numbers.exponent_scale <= 8.0f32, before, maximum)
-}
-
 /// Folds a tile of scores into the softmax; returns the weights.
 #[cube]
 pub(super) fn fold<NS: Size>(
@@ -109,8 +102,8 @@ pub(super) fn fold<NS: Size>(
     }
     let upper = max(max(uppers[0], uppers[1]), max(uppers[2], uppers[3]));
     let lower = max(max(lowers[0], lowers[1]), max(lowers[2], lowers[3]));
-    let upper = raise(softmax.maximum[0], row_max(upper), numbers);
-    let lower = raise(softmax.maximum[1], row_max(lower), numbers);
+    let upper = row_max(upper);
+    let lower = row_max(lower);
     // A row that has seen no key keeps a finite offset, so that its weights become exp(-inf) = 0.
     let upper_offset = select(upper == numbers.neg_inf, 0.0f32, upper) * numbers.exponent_scale;
     let lower_offset = select(lower == numbers.neg_inf, 0.0f32, lower) * numbers.exponent_scale;
