@@ -1,12 +1,13 @@
 //! Routers: for every token and router head, near or far.
 //!
 //! [`LinearGate`] and [`LinearChoice`] learn it (AHA, L2A, multi-window AHA); [`FixedRouter`] and
-//! [`RandomRouter`] are controls and static hybrids. Scores, routes and counts come out of one launch, and
-//! nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
+//! [`RandomRouter`] are controls and static hybrids. Scores, routes and counts come out of one launch, or two where planes
+//! make the product worth one of its own, and nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
 
 mod assigned;
 mod launch;
 mod linear;
+mod project;
 
 pub use assigned::{FixedRouter, RandomRouter};
 pub use linear::{LinearChoice, LinearGate, Threshold};

@@ -1,10 +1,13 @@
 use bifocal_core::{
-    Element, Error, Result,
+    DeviceProfile, Element, Error, Result,
     device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Tensor, TensorView, launch},
 };
 use cubecl::{client::Client, prelude::*};
 
-use crate::launch::{outputs, over_quads};
+use crate::{
+    launch::{outputs, over_quads},
+    project::{self, ProjectionLaunch, project_kernel},
+};
 
 /// When a gate opens.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -182,6 +185,31 @@ fn route(
     let (cubes, units) = over_quads(client, router, geometry)?;
     let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
+    // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
+    let projected = project::has_planes(&DeviceProfile::of(client)) && batch <= 65_535;
+    if projected {
+        let (cubes, units) = project::grid(batch, tokens, columns);
+        // SAFETY: spans were checked above; each plane checks its tokens and columns.
+        unsafe {
+            project_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                launch::elements(hidden),
+                launch::elements(weight.view()),
+                launch::elements(scores.view()),
+                ProjectionLaunch::new(
+                    tokens as u32,
+                    model_dim as u32,
+                    columns as u32,
+                    hidden.strides()[0] as u32,
+                    hidden.strides()[1] as u32,
+                    weight.strides()[0] as u32,
+                ),
+                [hidden.element().into(), weight.element().into()],
+            );
+        }
+    }
     // SAFETY: spans were checked above; each unit checks its number against the quads there are.
     unsafe {
         linear_kernel::launch_unchecked(
@@ -210,6 +238,7 @@ fn route(
             cut,
             choice,
             bias.is_some(),
+            projected,
             [hidden.element().into(), weight.element().into()],
         );
     }
@@ -242,6 +271,7 @@ fn linear_kernel<E: Float, W: Float>(
     cut: f32,
     #[comptime] choice: Choice,
     #[comptime] has_bias: bool,
+    #[comptime] projected: bool,
     #[define(E, W)] _elements: [ElemType; 2],
 ) {
     let quads = shape.tokens.div_ceil(4u32);
@@ -264,14 +294,23 @@ fn linear_kernel<E: Float, W: Float>(
     for k in 0..count {
         let column = head as usize * count + k;
         let mut sum = Vector::<f32, Const<4>>::new(0.0f32);
-        for d in 0..shape.model_dim as usize {
-            let mut x = Vector::<f32, Const<4>>::new(0.0f32);
+        if comptime![projected] {
             #[unroll]
             for lane in 0..4usize {
-                x.insert(lane, f32::cast_from(hidden[offsets[lane] + d]));
+                let token = min(first + comptime![lane as u32], shape.tokens - 1);
+                let at = (row as usize * count + k) * shape.tokens as usize + token as usize;
+                sum.insert(lane, scores[at]);
             }
-            let w = f32::cast_from(weight[d * shape.weight_row as usize + column]);
-            sum = fma(x, Vector::new(w), sum);
+        } else {
+            for d in 0..shape.model_dim as usize {
+                let mut x = Vector::<f32, Const<4>>::new(0.0f32);
+                #[unroll]
+                for lane in 0..4usize {
+                    x.insert(lane, f32::cast_from(hidden[offsets[lane] + d]));
+                }
+                let w = f32::cast_from(weight[d * shape.weight_row as usize + column]);
+                sum = fma(x, Vector::new(w), sum);
+            }
         }
         if comptime![has_bias] {
             sum += Vector::new(bias[column]);
