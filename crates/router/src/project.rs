@@ -46,9 +46,9 @@ pub(crate) fn project_kernel<E: Float, W: Float>(
     #[define(E, W)] _elements: [ElemType; 2],
 ) {
     let lane = UNIT_POS % PLANE;
-    let first = (CUBE_POS_X as u32 * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
-    let column = CUBE_POS_Y as u32 * comptime![COLUMNS as u32];
-    let batch = CUBE_POS_Z as u32;
+    let first = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
+    let column = CUBE_POS_Y * comptime![COLUMNS as u32];
+    let batch = CUBE_POS_Z;
     // The same for a whole plane.
     if first >= shape.tokens {
         terminate!();
