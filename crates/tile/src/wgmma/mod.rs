@@ -13,11 +13,13 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, ir::ElemType, prelude::*};
 
-use self::{
-    kernel::{NumbersLaunch, attend_kernel},
-    ptx::{Operand, PANEL, SWIZZLE, Shape},
+use self::kernel::attend_kernel;
+use crate::{
+    engine::Work,
+    portable::strides,
+    tensor_core::{Blueprint, NumbersLaunch, Operand, PANEL, Shape},
+    visibility::Visibility,
 };
-use crate::{engine::Work, portable::strides, visibility::Visibility};
 
 /// Rows per work item: two warpgroups of 64.
 pub(crate) const ITEM_ROWS: u32 = 128;
@@ -30,79 +32,29 @@ const AT_ONCE_BYTES: usize = 160 << 20;
 /// same time find them there.
 const CACHE_BYTES: usize = 48 << 20;
 
-/// The compile-time key of a kernel: everything its code depends on, and nothing else.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Blueprint {
+/// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type.
+fn blueprint(
+    problem: &Problem,
     visibility: Visibility,
-    /// Rows come from a dispatch plan rather than from counting.
     routed: bool,
-    softcap: bool,
     sink_logits: bool,
     out_f32: bool,
-    shape: Shape,
-    /// Tiles of keys, and of values, in flight.
-    stages: u32,
-    /// Items whose queries are in shared memory.
-    query_stages: u32,
-}
-
-impl Blueprint {
-    /// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type.
-    pub(crate) fn new(
-        problem: &Problem,
-        visibility: Visibility,
-        routed: bool,
-        sink_logits: bool,
-        out_f32: bool,
-    ) -> Option<Self> {
-        let operand = match problem.element {
-            Element::F16 => Operand::F16,
-            Element::Bf16 => Operand::Bf16,
-            _ => return None,
-        };
-        // Accumulators of scores and outputs share a thread's 255 registers; tiles share 227 KiB.
-        let (keys, stages, query_stages): (usize, u32, u32) = match problem.head_dim {
-            64 => (128, 4, 2),
-            96 | 128 => (128, 2, 2),
-            256 => (64, 2, 1),
-            _ => return None,
-        };
-        let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
-        let softcap = problem.softcap.is_some();
-        Some(Self { visibility, routed, softcap, sink_logits, out_f32, shape, stages, query_stages })
-    }
-
-    const fn warpgroups(self) -> u32 {
-        self.shape.rows as u32 / 64
-    }
-
-    /// Panels of 64 columns that a row of a tile is stored in.
-    const fn panels(self) -> usize {
-        self.shape.dim.div_ceil(PANEL)
-    }
-
-    /// Whether rows fill their panels, so that one bulk copy takes them all.
-    const fn whole_panels(self) -> bool {
-        self.shape.dim.is_multiple_of(PANEL)
-    }
-
-    const fn query_bytes(self) -> usize {
-        self.shape.rows * self.panels() * SWIZZLE
-    }
-
-    /// Bytes of a tile of keys, and of one of values.
-    const fn key_bytes(self) -> usize {
-        self.shape.keys * self.panels() * SWIZZLE
-    }
-
-    const fn tile_bytes(self) -> usize {
-        self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
-    }
-
-    /// A full and an empty barrier of 8 bytes for every stage of keys and of values.
-    const fn barrier_bytes(self) -> usize {
-        self.stages as usize * 32
-    }
+) -> Option<Blueprint> {
+    let operand = match problem.element {
+        Element::F16 => Operand::F16,
+        Element::Bf16 => Operand::Bf16,
+        _ => return None,
+    };
+    // Accumulators of scores and outputs share a thread's 255 registers; tiles share 227 KiB.
+    let (keys, stages, query_stages): (usize, u32, u32) = match problem.head_dim {
+        64 => (128, 4, 2),
+        96 | 128 => (128, 2, 2),
+        256 => (64, 2, 1),
+        _ => return None,
+    };
+    let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
+    let softcap = problem.softcap.is_some();
+    Some(Blueprint { visibility, routed, softcap, sink_logits, out_f32, shape, stages, query_stages })
 }
 
 /// Whether this routine can run `problem` on a device with this profile; if not, why.
@@ -114,7 +66,7 @@ pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(),
         let device = vec![Element::F16, Element::Bf16];
         return Err(Refusal::Element { element: problem.element, device });
     }
-    if Blueprint::new(problem, Visibility::All, false, false, false).is_none() {
+    if blueprint(problem, Visibility::All, false, false, false).is_none() {
         return Err(Refusal::HeadDim { head_dim: problem.head_dim, supported: "64, 96, 128 or 256" });
     }
     if problem.value_dim != problem.head_dim {
@@ -168,7 +120,7 @@ pub(crate) fn launch(
 ) -> Option<()> {
     let out_f32 = partial.out.element() == Element::F32;
     let sink_logits = inputs.sink_logits.is_some();
-    let blueprint = Blueprint::new(problem, work.visibility, work.routed, sink_logits, out_f32)?;
+    let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
     let lists = problem.batch * problem.kv_heads;
     // Softmax in powers of two: exp(x) = 2^(x log2 e).
     let exponent_scale = problem.softcap.unwrap_or(problem.scale) * std::f32::consts::LOG2_E;
@@ -278,7 +230,7 @@ pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), Stri
     let at = |head_dim: usize, element: Element, visibility: Visibility, routed: bool| {
         let shape = [1, 1, 128, head_dim];
         let problem = Problem::new(shape, shape, element).ok()?;
-        Blueprint::new(&problem, visibility, routed, false, false)
+        blueprint(&problem, visibility, routed, false, false)
     };
     let mut blueprints = Vec::new();
     for head_dim in [64, 96, 128, 256] {

@@ -7,58 +7,10 @@
 //! [`scores_begin`] and [`values_begin`] return may be used only after it has passed through [`scores_end`] or
 //! [`values_end`], which wait.
 
-use bifocal_core::Element;
 use cubecl::prelude::*;
-use cubecl_cpp::cuda::ptx::{generic_to_shared, tensor_map_address};
+use cubecl_cpp::cuda::ptx::tensor_map_address;
 
-/// The element types that warpgroup products take, as PTX spells them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Operand {
-    F16,
-    Bf16,
-}
-
-impl Operand {
-    /// The type's name in PTX.
-    pub(super) const fn name(self) -> &'static str {
-        match self {
-            Operand::F16 => "f16",
-            Operand::Bf16 => "bf16",
-        }
-    }
-
-    pub(super) const fn element(self) -> Element {
-        match self {
-            Operand::F16 => Element::F16,
-            Operand::Bf16 => Element::Bf16,
-        }
-    }
-}
-
-/// The shape of a tile's products, which is all that their PTX depends on.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) struct Shape {
-    pub(crate) operand: Operand,
-    /// Rows of the query tile that all warpgroups share.
-    pub(crate) rows: usize,
-    /// Keys of a tile.
-    pub(crate) keys: usize,
-    /// Head dim, a multiple of 32.
-    pub(crate) dim: usize,
-}
-
-impl Shape {
-    /// Columns of the accumulated outputs: whole panels, those beyond the head dim zero. (CubeCL aligns a vector to its
-    /// size, which has to be a power of two.)
-    pub(crate) const fn columns(self) -> usize {
-        self.dim.next_multiple_of(PANEL)
-    }
-}
-
-/// Bytes of a row of the 128-byte swizzle; a wider tile is stored as panels of such rows, one after the other.
-pub(crate) const SWIZZLE: usize = 128;
-/// Elements in such a row.
-pub(crate) const PANEL: usize = SWIZZLE / 2;
+use crate::tensor_core::{PANEL, SWIZZLE, Shape};
 
 /// The high half of every matrix descriptor: 128-byte swizzle, groups of eight rows 1,024 bytes apart.
 const DESCRIPTOR_HIGH: u32 = (1 << 30) | units(1024) as u32;
@@ -208,36 +160,6 @@ pub(crate) fn descriptor(address: u32, #[comptime] panel: usize) -> u32 {
     plane_broadcast(panels | (address >> 4u32), 0u32)
 }
 
-/// 2^x, to about two units in the last place; subnormal results are zero.
-#[cube]
-pub(crate) fn exp2_fast(x: f32) -> f32 {
-    let y: f32;
-    gpu_asm!(
-        "ex2.approx.ftz.f32 {y}, {x};",
-        y = out(_) y, x = in(_) f32::reinterpret(x), options(pure, nomem)
-    );
-    y
-}
-
-/// Two numbers rounded to the operand type and packed, `low` in the low half.
-#[cube]
-pub(crate) fn pack(low: f32, high: f32, #[comptime] operand: Operand) -> u32 {
-    let kind = comptime![operand.name()];
-    let packed: u32;
-    gpu_asm!(
-        "cvt.rn.{kind}x2.f32 {y}, {high}, {low};",
-        y = out(_) packed, high = in(_) f32::reinterpret(high), low = in(_) f32::reinterpret(low),
-        kind = const kind, options(pure, nomem)
-    );
-    packed
-}
-
-/// The address of shared memory.
-#[cube]
-pub(crate) fn shared_address(slice: &[u32]) -> u32 {
-    generic_to_shared::<u32>(slice.as_ptr())
-}
-
 /// Readies an mbarrier for `count` arrivals per phase.
 #[cube]
 pub(crate) fn barrier_init(barrier: u32, count: u32) {
@@ -316,47 +238,11 @@ pub(crate) fn load_panels<E: Numeric>(
     );
 }
 
-/// The address of global memory.
-#[cube]
-pub(crate) fn global_address<E: CubePrimitive>(pointer: *const E) -> u64 {
-    let address: u64;
-    gpu_asm!("cvta.to.global.u64 {a}, {p};", a = out(_) address, p = in(_) pointer);
-    address
-}
-
-/// Starts a copy of 16 bytes from global to shared memory.
-#[cube]
-pub(crate) fn copy_16(destination: u32, source: u64) {
-    gpu_asm!(
-        "cp.async.cg.shared.global [{d}], [{s}], 16;",
-        d = in(_) destination, s = in(_) source
-    );
-}
-
 /// Waits for this thread's copies and lets the tensor cores see them.
 #[cube]
 pub(crate) fn copies_end() {
     gpu_asm!("cp.async.wait_all;");
     gpu_asm!("fence.proxy.async.shared::cta;");
-}
-
-/// Stores 16 bytes to global memory.
-#[cube]
-pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {
-    gpu_asm!(
-        "st.global.v4.b32 [{at}], {{{a}, {b}, {c}, {d}}};",
-        at = in(_) destination, a = in(_) u32::reinterpret(a), b = in(_) u32::reinterpret(b),
-        c = in(_) u32::reinterpret(c), d = in(_) u32::reinterpret(d)
-    );
-}
-
-/// Stores two numbers to global memory.
-#[cube]
-pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
-    gpu_asm!(
-        "st.global.v2.f32 [{at}], {{{a}, {b}}};",
-        at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b)
-    );
 }
 
 /// Waits at the named barrier for `threads` threads.

@@ -24,11 +24,11 @@ use cubecl_cpp::{
     target::Cuda,
 };
 
-use super::{
-    Blueprint,
-    kernel::{NumbersLaunch, attend_kernel},
+use super::kernel::attend_kernel;
+use crate::{
+    portable::strides,
+    tensor_core::{Blueprint, NumbersLaunch},
 };
-use crate::portable::strides;
 
 /// The CUDA C++ of one kernel.
 pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {

@@ -3,19 +3,21 @@
 use cubecl::prelude::*;
 
 use super::{
-    Layout, Numbers, Room, WARPGROUP, WARPGROUP_ROWS,
-    fetch::{Cursor, Stretch, fetch, gather},
-    finish::{Row, finish, redo},
-    items::{Item, Keys, item_of, keys_of_item, next_slot, position_of},
-    softmax::{Positions, Softmax, fold, pack_weights},
+    Room, WARPGROUP, WARPGROUP_ROWS,
+    fetch::{Cursor, Stretch, fetch},
     stage_of,
 };
 use crate::{
     portable::{INVALID_ROW, Strides},
-    wgmma::{
-        Blueprint,
-        ptx::{self, SWIZZLE},
+    tensor_core::{
+        Blueprint, Layout, Numbers, SWIZZLE,
+        finish::{Row, finish, redo},
+        gather::gather,
+        items::{Item, Keys, item_of, keys_of_item, next_slot, position_of},
+        ptx::global_address,
+        softmax::{Positions, Softmax, fold, pack_weights},
     },
+    wgmma::ptx,
 };
 
 #[cube]
@@ -53,8 +55,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let lane = UNIT_POS % 32u32;
     let warp = (UNIT_POS / 32u32) % 4u32;
     let tile_row = warpgroup * WARPGROUP_ROWS + warp * 16u32 + lane / 4u32;
-    let source = ptx::global_address::<E>(query.as_ptr());
-    let target = ptx::global_address::<O>(out.as_ptr());
+    let source = global_address::<E>(query.as_ptr());
+    let target = global_address::<O>(out.as_ptr());
     // Named barrier 0 is the cube's own.
     let my_turn = 1u32 + warpgroup;
     let other_turn = 2u32 - warpgroup;
@@ -71,7 +73,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
     let mut now = stretch(&item, keys_of_item(&item, rows, numbers, blueprint), numbers);
     if slot < count {
-        gather(&item, source, rows, row_ids, 0u32, &layout.query, room, numbers, blueprint);
+        gather(&item, source, rows, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
@@ -177,7 +179,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                         row_ids,
                         next_buffer,
                         &layout.query,
-                        room,
+                        room.query,
                         numbers,
                         blueprint,
                     );
@@ -288,7 +290,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                         row_ids,
                         next_buffer,
                         &layout.query,
-                        room,
+                        room.query,
                         numbers,
                         blueprint,
                     );
@@ -312,7 +314,17 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             );
         } else if slot < count {
             next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
-            gather(&next_item, source, rows, row_ids, next_buffer, &layout.query, room, numbers, blueprint);
+            gather(
+                &next_item,
+                source,
+                rows,
+                row_ids,
+                next_buffer,
+                &layout.query,
+                room.query,
+                numbers,
+                blueprint,
+            );
             #[unroll]
             for _ in 0..stages {
                 fetch::<E>(

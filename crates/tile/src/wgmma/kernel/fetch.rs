@@ -1,59 +1,15 @@
-//! What is fetched ahead of its use: query rows by every warpgroup for itself, keys and values by one thread for all.
+//! Keys and values, fetched ahead of their use by one thread for all.
 
 use cubecl::prelude::*;
 
-use super::{
-    Numbers, Room, WARPGROUP, WARPGROUP_ROWS,
-    items::{Item, Keys, row_at, tile_start},
-    stage_of,
-};
+use super::stage_of;
 use crate::{
-    portable::{INVALID_ROW, Strides},
-    wgmma::{
-        Blueprint,
-        ptx::{self, PANEL, SWIZZLE},
+    tensor_core::{
+        Blueprint, PANEL, SWIZZLE,
+        items::{Keys, tile_start},
     },
+    wgmma::ptx,
 };
-
-/// Starts the copies of this warpgroup's rows of an item into a buffer of queries, and notes which rows they are.
-/// The copies are waited for where the item begins.
-#[cube]
-pub(super) fn gather(
-    item: &Item,
-    source: u64,
-    rows: &[u32],
-    row_ids: &mut [u32],
-    buffer: u32,
-    query_strides: &Strides,
-    room: &Room,
-    numbers: &Numbers,
-    #[comptime] blueprint: Blueprint,
-) {
-    // Two threads to a row; each takes every other 16 bytes of it.
-    let chunks = comptime![blueprint.shape.dim / 8];
-    let row_in_tile = UNIT_POS / WARPGROUP * WARPGROUP_ROWS + UNIT_POS % WARPGROUP / 2u32;
-    let half = UNIT_POS % 2u32;
-    let id = row_at(item, row_in_tile, rows, numbers, blueprint);
-    if half == 0u32 {
-        row_ids[(buffer * comptime![blueprint.shape.rows as u32] + row_in_tile) as usize] = id;
-    }
-    let row = id % INVALID_ROW;
-    let head = item.list % numbers.kv_heads * numbers.group + row % numbers.group;
-    let offset = item.list / numbers.kv_heads * query_strides.batch
-        + head * query_strides.head
-        + row / numbers.group * query_strides.token;
-    let from = source + offset as u64 * 2u64 + (half * 16u32) as u64;
-    let to = room.query
-        + buffer * comptime![blueprint.query_bytes() as u32]
-        + row_in_tile * comptime![SWIZZLE as u32];
-    #[unroll]
-    for chunk in 0..comptime![chunks / 2] {
-        let column = comptime![chunk as u32 * 2] + half;
-        let panel = comptime![(chunk * 2 / 8 * blueprint.shape.rows * SWIZZLE) as u32];
-        let swizzled = ((column % 8u32) ^ (row_in_tile % 8u32)) * 16u32;
-        ptx::copy_16(to + panel + swizzled, from + comptime![chunk as u64 * 32]);
-    }
-}
 
 /// How far the keys, or the values, of this cube's items have been fetched.
 #[derive(CubeType)]

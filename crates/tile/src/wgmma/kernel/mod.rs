@@ -17,45 +17,18 @@ use cubecl::prelude::*;
 
 mod compute;
 mod fetch;
-mod finish;
-mod items;
-mod softmax;
 
 use self::compute::compute_items;
-use super::{Blueprint, ptx};
-use crate::portable::Strides;
+use super::ptx;
+use crate::{
+    portable::Strides,
+    tensor_core::{Blueprint, Layout, Numbers, ptx::shared_address},
+};
 
 /// Threads of a warpgroup, the unit that issues products.
 const WARPGROUP: u32 = 128;
 /// Rows that a warpgroup computes.
 const WARPGROUP_ROWS: u32 = 64;
-
-/// The run-time numbers of a problem.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Numbers {
-    pub(crate) kv_heads: u32,
-    pub(crate) group: u32,
-    pub(crate) query_len: u32,
-    /// Position of the first query: key length - query length.
-    pub(crate) first_position: i32,
-    pub(crate) window: i32,
-    pub(crate) sinks: i32,
-    /// Items of one reach, at most.
-    pub(crate) items: u32,
-    /// The reach whose lists are computed.
-    pub(crate) reach: u32,
-    /// Batch x kv heads.
-    pub(crate) lists: u32,
-    /// Lists whose items are taken together, before the next lists'.
-    pub(crate) lists_at_once: u32,
-    /// What a score is multiplied by to become an exponent of two.
-    pub(crate) exponent_scale: f32,
-    /// What a score is multiplied by before the softcap's tanh, to become an exponent of two: 2 log2 e scale / cap.
-    pub(crate) softcap_scale: f32,
-    pub(crate) neg_inf: f32,
-    pub(crate) nan: f32,
-}
 
 /// Where everything is in shared memory, as addresses.
 #[derive(CubeType, Clone, Copy)]
@@ -68,15 +41,6 @@ struct Room {
     key_empty: u32,
     value_full: u32,
     value_empty: u32,
-}
-
-/// How queries, keys and values lie in memory.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Layout {
-    query: Strides,
-    key: Strides,
-    value: Strides,
 }
 
 /// Stage and phase of the `number`-th use of a ring.
@@ -123,8 +87,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         Shared::<[u32]>::new_slice(comptime![blueprint.query_stages as usize * blueprint.shape.rows]);
 
     let stages = comptime![blueprint.stages];
-    let tile = ptx::shared_address(&tiles);
-    let barrier = ptx::shared_address(&barriers);
+    let tile = shared_address(&tiles);
+    let barrier = shared_address(&barriers);
     let key_at = tile + comptime![blueprint.query_stages * blueprint.query_bytes() as u32];
     let room = Room {
         query: tile,

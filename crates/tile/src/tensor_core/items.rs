@@ -4,24 +4,24 @@
 
 use cubecl::prelude::*;
 
-use super::Numbers;
-use crate::{portable::INVALID_ROW, visibility::Visibility, wgmma::Blueprint};
+use super::{Blueprint, Numbers};
+use crate::{portable::INVALID_ROW, visibility::Visibility};
 
 /// The keys that an item visits: `0..sinks_end`, then `begin..end`, in tiles.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Keys {
-    pub(super) sinks_end: i32,
-    pub(super) begin: i32,
-    pub(super) end: i32,
-    pub(super) sink_tiles: u32,
-    pub(super) tiles: u32,
+pub(crate) struct Keys {
+    pub(crate) sinks_end: i32,
+    pub(crate) begin: i32,
+    pub(crate) end: i32,
+    pub(crate) sink_tiles: u32,
+    pub(crate) tiles: u32,
 }
 
 #[cube]
 impl Keys {
     /// Assigns every field: CubeCL assigns no structs.
-    pub(super) fn set(&mut self, other: &Keys) {
+    pub(crate) fn set(&mut self, other: &Keys) {
         self.sinks_end = other.sinks_end;
         self.begin = other.begin;
         self.end = other.end;
@@ -33,15 +33,15 @@ impl Keys {
 /// An item: rows `first..first + rows` of a list.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Item {
-    pub(super) list: u32,
-    pub(super) first: u32,
-    pub(super) rows: u32,
+pub(crate) struct Item {
+    pub(crate) list: u32,
+    pub(crate) first: u32,
+    pub(crate) rows: u32,
 }
 
 /// The `slot`-th item in the order of work.
 #[cube]
-pub(super) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Item {
+pub(crate) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Item {
     let rows = comptime![blueprint.shape.rows as u32];
     let packed = numbers.query_len * numbers.group;
     let tiles = packed.div_ceil(rows);
@@ -64,7 +64,7 @@ pub(super) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] b
 
 /// The row that an entry of a list names, with its mark.
 #[cube]
-pub(super) fn row_at(
+pub(crate) fn row_at(
     item: &Item,
     entry: u32,
     rows: &[u32],
@@ -83,13 +83,13 @@ pub(super) fn row_at(
 
 /// The position of a row.
 #[cube]
-pub(super) fn position_of(row: u32, numbers: &Numbers) -> i32 {
+pub(crate) fn position_of(row: u32, numbers: &Numbers) -> i32 {
     (row % INVALID_ROW / numbers.group) as i32 + numbers.first_position
 }
 
 /// Which keys an item visits.
 #[cube]
-pub(super) fn keys_of_item(
+pub(crate) fn keys_of_item(
     item: &Item,
     rows: &[u32],
     numbers: &Numbers,
@@ -125,7 +125,7 @@ fn keys_of(first: i32, last: i32, numbers: &Numbers, #[comptime] blueprint: Blue
 
 /// The first key of a tile.
 #[cube]
-pub(super) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprint) -> i32 {
+pub(crate) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprint) -> i32 {
     let size = comptime![blueprint.shape.keys as i32];
     let mut start = keys.begin + (tile - keys.sink_tiles) as i32 * size;
     if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
@@ -138,7 +138,7 @@ pub(super) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprin
 
 /// Items are dealt to the cubes in rounds, back and forth, so that no cube gets the longest of every round.
 #[cube]
-pub(super) fn next_slot(round: u32) -> u32 {
+pub(crate) fn next_slot(round: u32) -> u32 {
     let cubes = CUBE_COUNT as u32;
     let position = CUBE_POS as u32;
     round * cubes + select(round % 2u32 == 0u32, position, cubes - 1u32 - position)
@@ -146,7 +146,7 @@ pub(super) fn next_slot(round: u32) -> u32 {
 
 /// Whether any row between two positions misses any key of the tile that starts at `start`.
 #[cube]
-pub(super) fn needs_mask(
+pub(crate) fn needs_mask(
     first_row: i32,
     last_row: i32,
     start: i32,
@@ -170,7 +170,7 @@ pub(super) fn needs_mask(
 
 /// Whether the row at `position` sees `key`.
 #[cube]
-pub(super) fn sees(
+pub(crate) fn sees(
     position: i32,
     key: i32,
     sinks: bool,

@@ -3,33 +3,31 @@
 use cubecl::prelude::*;
 
 use super::{
-    Layout, Numbers,
+    Blueprint, Layout, Numbers,
     items::{Keys, sees},
+    ptx,
     softmax::{Softmax, row_sum, squash},
 };
-use crate::{
-    portable::{INVALID_ROW, Strides},
-    wgmma::{Blueprint, ptx},
-};
+use crate::portable::{INVALID_ROW, Strides};
 
 /// One row as the computing threads know it at the end.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Row {
-    pub(super) position: i32,
-    pub(super) head: u32,
+pub(crate) struct Row {
+    pub(crate) position: i32,
+    pub(crate) head: u32,
     /// Where the row's output begins, in elements.
-    pub(super) offset: u32,
+    pub(crate) offset: u32,
     /// What the softmax's exponents are relative to.
-    pub(super) exponent: f32,
-    pub(super) norm: f32,
+    pub(crate) exponent: f32,
+    pub(crate) norm: f32,
     /// 1 for a row that is to be written, but has an output that is not finite.
-    pub(super) odd: u32,
+    pub(crate) odd: u32,
 }
 
 /// Writes the log-sum-exp and the output of one of a thread's two rows.
 #[cube]
-pub(super) fn finish<NO: Size>(
+pub(crate) fn finish<NO: Size>(
     acc: &Vector<f32, NO>,
     softmax: &Softmax,
     id: u32,
@@ -74,7 +72,7 @@ pub(super) fn finish<NO: Size>(
 /// A product takes every key of a tile, and 0 x NaN is NaN: a value that is not finite spoils rows that do not see it.
 /// Such values are rare, so that all it has to be is right.
 #[cube]
-pub(super) fn redo<E: Float, O: Float>(
+pub(crate) fn redo<E: Float, O: Float>(
     row: &Row,
     batch: u32,
     kv_head: u32,
@@ -132,7 +130,7 @@ pub(super) fn redo<E: Float, O: Float>(
 
 /// Stores one of a thread's two rows, together with the three threads that hold the rest of it.
 #[cube]
-pub(super) fn store_row<NO: Size>(
+pub(crate) fn store_row<NO: Size>(
     acc: &Vector<f32, NO>,
     norm: f32,
     target: u64,

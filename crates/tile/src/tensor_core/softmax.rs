@@ -3,10 +3,10 @@
 use cubecl::prelude::*;
 
 use super::{
-    Numbers,
+    Blueprint, Numbers,
     items::{Keys, needs_mask, sees, tile_start},
+    ptx,
 };
-use crate::wgmma::{Blueprint, ptx};
 
 /// Independent maxima and sums per row and thread.
 const CHAINS: usize = 4;
@@ -14,45 +14,45 @@ const CHAINS: usize = 4;
 /// The two rows of a thread, and those of its warpgroup, as positions.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Positions {
-    pub(super) upper: i32,
-    pub(super) lower: i32,
-    pub(super) first: i32,
-    pub(super) last: i32,
+pub(crate) struct Positions {
+    pub(crate) upper: i32,
+    pub(crate) lower: i32,
+    pub(crate) first: i32,
+    pub(crate) last: i32,
 }
 
 /// The running state of the online softmax of a thread's two rows.
 #[derive(CubeType)]
-pub(super) struct Softmax {
-    pub(super) maximum: Array<f32>,
+pub(crate) struct Softmax {
+    pub(crate) maximum: Array<f32>,
     /// This thread's part of the sums.
-    pub(super) sum: Array<f32>,
+    pub(crate) sum: Array<f32>,
     /// By how much what was summed before the last tile shrinks.
-    pub(super) correction: Array<f32>,
+    pub(crate) correction: Array<f32>,
 }
 
 /// The larger of the values that the four threads of a row hold.
 #[cube]
-pub(super) fn row_max(x: f32) -> f32 {
+pub(crate) fn row_max(x: f32) -> f32 {
     let y = max(x, plane_shuffle_xor(x, 1u32));
     max(y, plane_shuffle_xor(y, 2u32))
 }
 
 #[cube]
-pub(super) fn row_sum(x: f32) -> f32 {
+pub(crate) fn row_sum(x: f32) -> f32 {
     let y = x + plane_shuffle_xor(x, 1u32);
     y + plane_shuffle_xor(y, 2u32)
 }
 
 /// The tanh of a softcap: tanh(x) = 1 - 2 / (1 + e^2x). The hardware's own tanh is good to 2^-11 only.
 #[cube]
-pub(super) fn squash(score: f32, numbers: &Numbers) -> f32 {
+pub(crate) fn squash(score: f32, numbers: &Numbers) -> f32 {
     1.0f32 - 2.0f32 / (1.0f32 + ptx::exp2_fast(score * numbers.softcap_scale))
 }
 
 /// Folds a tile of scores into the softmax; returns the weights.
 #[cube]
-pub(super) fn fold<NS: Size>(
+pub(crate) fn fold<NS: Size>(
     scores: Vector<f32, NS>,
     softmax: &mut Softmax,
     at: &Positions,
@@ -142,7 +142,7 @@ pub(super) fn fold<NS: Size>(
 /// Weights rounded and packed, as the product with values takes them. While such a product runs its weights are not to
 /// be touched, so this comes after it.
 #[cube]
-pub(super) fn pack_weights<NS: Size, NP: Size>(
+pub(crate) fn pack_weights<NS: Size, NP: Size>(
     weights: &Vector<f32, NS>,
     #[comptime] blueprint: Blueprint,
 ) -> Vector<u32, NP> {

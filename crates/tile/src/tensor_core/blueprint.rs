@@ -1,0 +1,102 @@
+use bifocal_core::Element;
+
+use crate::visibility::Visibility;
+
+/// The element types that products take, as PTX spells them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) enum Operand {
+    F16,
+    Bf16,
+}
+
+impl Operand {
+    /// The type's name in PTX.
+    pub(crate) const fn name(self) -> &'static str {
+        match self {
+            Operand::F16 => "f16",
+            Operand::Bf16 => "bf16",
+        }
+    }
+
+    pub(crate) const fn element(self) -> Element {
+        match self {
+            Operand::F16 => Element::F16,
+            Operand::Bf16 => Element::Bf16,
+        }
+    }
+}
+
+/// The shape of a tile's products, which is all that their PTX depends on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Shape {
+    pub(crate) operand: Operand,
+    /// Rows of the query tile that all warpgroups share.
+    pub(crate) rows: usize,
+    /// Keys of a tile.
+    pub(crate) keys: usize,
+    /// Head dim, a multiple of 32.
+    pub(crate) dim: usize,
+}
+
+impl Shape {
+    /// Columns of the accumulated outputs: whole panels, those beyond the head dim zero. (CubeCL aligns a vector to its
+    /// size, which has to be a power of two.)
+    pub(crate) const fn columns(self) -> usize {
+        self.dim.next_multiple_of(PANEL)
+    }
+}
+
+/// Bytes of a row of the 128-byte swizzle; a wider tile is stored as panels of such rows, one after the other.
+pub(crate) const SWIZZLE: usize = 128;
+/// Elements in such a row.
+pub(crate) const PANEL: usize = SWIZZLE / 2;
+
+/// The compile-time key of a kernel: everything its code depends on, and nothing else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(crate) struct Blueprint {
+    pub(crate) visibility: Visibility,
+    /// Rows come from a dispatch plan rather than from counting.
+    pub(crate) routed: bool,
+    pub(crate) softcap: bool,
+    pub(crate) sink_logits: bool,
+    pub(crate) out_f32: bool,
+    pub(crate) shape: Shape,
+    /// Tiles of keys, and of values, in flight.
+    pub(crate) stages: u32,
+    /// Items whose queries are in shared memory.
+    pub(crate) query_stages: u32,
+}
+
+impl Blueprint {
+    pub(crate) const fn warpgroups(self) -> u32 {
+        self.shape.rows as u32 / 64
+    }
+
+    /// Panels of 64 columns that a row of a tile is stored in.
+    pub(crate) const fn panels(self) -> usize {
+        self.shape.dim.div_ceil(PANEL)
+    }
+
+    /// Whether rows fill their panels, so that one bulk copy takes them all.
+    pub(crate) const fn whole_panels(self) -> bool {
+        self.shape.dim.is_multiple_of(PANEL)
+    }
+
+    pub(crate) const fn query_bytes(self) -> usize {
+        self.shape.rows * self.panels() * SWIZZLE
+    }
+
+    /// Bytes of a tile of keys, and of one of values.
+    pub(crate) const fn key_bytes(self) -> usize {
+        self.shape.keys * self.panels() * SWIZZLE
+    }
+
+    pub(crate) const fn tile_bytes(self) -> usize {
+        self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
+    }
+
+    /// A full and an empty barrier of 8 bytes for every stage of keys and of values.
+    pub(crate) const fn barrier_bytes(self) -> usize {
+        self.stages as usize * 32
+    }
+}

@@ -1,0 +1,74 @@
+//! Instructions that tensor-core routines share, as functions: arithmetic, addresses, copies, stores. Everything that is
+//! PTX text lives in such modules, so that a later CubeCL with a frontend of its own for these can take its place.
+//! Addresses of shared memory are 32 bits wide.
+
+use cubecl::prelude::*;
+use cubecl_cpp::cuda::ptx::generic_to_shared;
+
+use super::Operand;
+
+/// 2^x, to about two units in the last place; subnormal results are zero.
+#[cube]
+pub(crate) fn exp2_fast(x: f32) -> f32 {
+    let y: f32;
+    gpu_asm!(
+        "ex2.approx.ftz.f32 {y}, {x};",
+        y = out(_) y, x = in(_) f32::reinterpret(x), options(pure, nomem)
+    );
+    y
+}
+
+/// Two numbers rounded to the operand type and packed, `low` in the low half.
+#[cube]
+pub(crate) fn pack(low: f32, high: f32, #[comptime] operand: Operand) -> u32 {
+    let kind = comptime![operand.name()];
+    let packed: u32;
+    gpu_asm!(
+        "cvt.rn.{kind}x2.f32 {y}, {high}, {low};",
+        y = out(_) packed, high = in(_) f32::reinterpret(high), low = in(_) f32::reinterpret(low),
+        kind = const kind, options(pure, nomem)
+    );
+    packed
+}
+
+/// The address of shared memory.
+#[cube]
+pub(crate) fn shared_address(slice: &[u32]) -> u32 {
+    generic_to_shared::<u32>(slice.as_ptr())
+}
+
+/// The address of global memory.
+#[cube]
+pub(crate) fn global_address<E: CubePrimitive>(pointer: *const E) -> u64 {
+    let address: u64;
+    gpu_asm!("cvta.to.global.u64 {a}, {p};", a = out(_) address, p = in(_) pointer);
+    address
+}
+
+/// Starts a copy of 16 bytes from global to shared memory.
+#[cube]
+pub(crate) fn copy_16(destination: u32, source: u64) {
+    gpu_asm!(
+        "cp.async.cg.shared.global [{d}], [{s}], 16;",
+        d = in(_) destination, s = in(_) source
+    );
+}
+
+/// Stores 16 bytes to global memory.
+#[cube]
+pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {
+    gpu_asm!(
+        "st.global.v4.b32 [{at}], {{{a}, {b}, {c}, {d}}};",
+        at = in(_) destination, a = in(_) u32::reinterpret(a), b = in(_) u32::reinterpret(b),
+        c = in(_) u32::reinterpret(c), d = in(_) u32::reinterpret(d)
+    );
+}
+
+/// Stores two numbers to global memory.
+#[cube]
+pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
+    gpu_asm!(
+        "st.global.v2.f32 [{at}], {{{a}, {b}}};",
+        at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b)
+    );
+}
