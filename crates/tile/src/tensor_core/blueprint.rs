@@ -94,9 +94,4 @@ impl Blueprint {
     pub(crate) const fn tile_bytes(self) -> usize {
         self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
     }
-
-    /// A full and an empty barrier of 8 bytes for every stage of keys and of values.
-    pub(crate) const fn barrier_bytes(self) -> usize {
-        self.stages as usize * 32
-    }
 }

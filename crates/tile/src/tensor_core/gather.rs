@@ -9,13 +9,38 @@ use super::{
 };
 use crate::portable::{INVALID_ROW, Strides};
 
+/// The rows of an item that a thread asks for ahead of their use: the one whose query it gathers, the first and the last.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct RowIds {
+    pub(crate) mine: u32,
+    pub(crate) first: u32,
+    pub(crate) last: u32,
+}
+
+#[cube]
+impl RowIds {
+    pub(crate) fn of(
+        item: &Item,
+        rows: &[u32],
+        numbers: &Numbers,
+        #[comptime] blueprint: Blueprint,
+    ) -> RowIds {
+        // Two threads to a row.
+        let mine = row_at(item, UNIT_POS / 2u32, rows, numbers, blueprint);
+        let first = row_at(item, 0u32, rows, numbers, blueprint);
+        let last = row_at(item, item.rows, rows, numbers, blueprint);
+        RowIds { mine, first, last }
+    }
+}
+
 /// Starts the copies of these four warps' 64 rows of an item into a buffer of queries at `query_room`, in panels of the
 /// 128-byte swizzle, and notes which rows they are. The copies are waited for where the item begins.
 #[cube]
 pub(crate) fn gather(
     item: &Item,
+    id: u32,
     source: u64,
-    rows: &[u32],
     row_ids: &mut [u32],
     buffer: u32,
     query_strides: &Strides,
@@ -23,11 +48,10 @@ pub(crate) fn gather(
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
-    // Two threads to a row; each takes every other 16 bytes of it.
+    // Of the two threads of a row each takes every other 16 bytes.
     let chunks = comptime![blueprint.shape.dim / 8];
     let row_in_tile = UNIT_POS / 2u32;
     let half = UNIT_POS % 2u32;
-    let id = row_at(item, row_in_tile, rows, numbers, blueprint);
     if half == 0u32 {
         row_ids[(buffer * comptime![blueprint.shape.rows as u32] + row_in_tile) as usize] = id;
     }

@@ -1,6 +1,4 @@
 //! Items of work: which rows, which keys, which scores are masked.
-// Rust sees placeholders for a cube's position, and believes that their difference overflows.
-#![allow(arithmetic_overflow)]
 
 use cubecl::prelude::*;
 
@@ -39,19 +37,29 @@ pub(crate) struct Item {
     pub(crate) rows: u32,
 }
 
+#[cube]
+impl Item {
+    /// Assigns every field.
+    pub(crate) fn set(&mut self, other: &Item) {
+        self.list = other.list;
+        self.first = other.first;
+        self.rows = other.rows;
+    }
+}
+
 /// The `slot`-th item in the order of work.
 #[cube]
 pub(crate) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Item {
     let rows = comptime![blueprint.shape.rows as u32];
     let packed = numbers.query_len * numbers.group;
     let tiles = packed.div_ceil(rows);
-    // Whole lists take turns; within a turn the tiles with most keys come first, or, every other turn, last.
+    // Whole lists take turns; within a turn the tiles with most keys come first.
     let turn = slot / (numbers.lists_at_once * tiles);
     let before = turn * numbers.lists_at_once;
     let lists = min(numbers.lists_at_once, numbers.lists - before);
     let within = slot - before * tiles;
     let mut list = before + within % lists;
-    let mut first = select(turn % 2u32 == 0u32, tiles - 1u32 - within / lists, within / lists) * rows;
+    let mut first = (tiles - 1u32 - within / lists) * rows;
     let mut count = min(packed - first, rows);
     if comptime![blueprint.routed] {
         let at = ((numbers.reach * numbers.items + slot) * 3u32) as usize;
@@ -87,22 +95,11 @@ pub(crate) fn position_of(row: u32, numbers: &Numbers) -> i32 {
     (row % INVALID_ROW / numbers.group) as i32 + numbers.first_position
 }
 
-/// Which keys an item visits.
+/// Which keys the rows from `first` to `last` of an item visit.
 #[cube]
-pub(crate) fn keys_of_item(
-    item: &Item,
-    rows: &[u32],
-    numbers: &Numbers,
-    #[comptime] blueprint: Blueprint,
-) -> Keys {
-    let first = row_at(item, 0u32, rows, numbers, blueprint);
-    let last = row_at(item, item.rows, rows, numbers, blueprint);
-    keys_of(position_of(first, numbers), position_of(last, numbers), numbers, blueprint)
-}
-
-/// Which keys the rows between two positions visit.
-#[cube]
-fn keys_of(first: i32, last: i32, numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
+pub(crate) fn keys_of(first: u32, last: u32, numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
+    let first = position_of(first, numbers);
+    let last = position_of(last, numbers);
     let tile = comptime![blueprint.shape.keys as i32];
     let mut sinks_end = 0i32;
     let mut begin = 0i32;
@@ -134,14 +131,6 @@ pub(crate) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprin
         }
     }
     start
-}
-
-/// Items are dealt to the cubes in rounds, back and forth, so that no cube gets the longest of every round.
-#[cube]
-pub(crate) fn next_slot(round: u32) -> u32 {
-    let cubes = CUBE_COUNT as u32;
-    let position = CUBE_POS as u32;
-    round * cubes + select(round % 2u32 == 0u32, position, cubes - 1u32 - position)
 }
 
 /// Whether any row between two positions misses any key of the tile that starts at `start`.

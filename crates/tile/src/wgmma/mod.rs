@@ -142,6 +142,7 @@ pub(crate) fn launch(
     );
     let cubes = profile.multiprocessors.min(work.max_items as u32).max(1);
     let threads = blueprint.warpgroups() * 128;
+    let counter = client.create_from_slice(&[0; 4]);
     let element: ElemType = problem.element.into();
     let Shape { keys, .. } = blueprint.shape;
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
@@ -163,6 +164,7 @@ pub(crate) fn launch(
             words(work.rows),
             words(work.items),
             words(work.item_counts),
+            words(&counter),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),

@@ -151,6 +151,17 @@ pub(crate) fn values_end<NO: Size, NP: Size>(
     done
 }
 
+/// Keeps the wait for a product below the arithmetic that `after` comes from. The assembler takes a wait for work to be
+/// started as early as it can, and moves it up before what it was to overlap with; it moves nothing over a sleep, which
+/// no thread ever sleeps: `after` is a sum of weights.
+#[cube]
+pub(crate) fn wait_after(after: f32) {
+    gpu_asm!(
+        "{{ .reg .pred awake; setp.geu.f32 awake, {x}, 0f00000000; @awake bra over; nanosleep.u32 1; over: }}",
+        x = in(_) f32::reinterpret(after)
+    );
+}
+
 /// The low half of the matrix descriptor of a tile at `address` in the 128-byte swizzle, whose panels are `panel` bytes
 /// apart. Steps through the tile are added to it; the high half is [`DESCRIPTOR_HIGH`].
 #[cube]

@@ -6,14 +6,15 @@ use super::{
     Room, WARPGROUP, WARPGROUP_ROWS,
     fetch::{Cursor, Stretch, fetch},
     stage_of,
+    tickets::Tickets,
 };
 use crate::{
     portable::{INVALID_ROW, Strides},
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{Row, finish, redo},
-        gather::gather,
-        items::{Item, Keys, item_of, keys_of_item, next_slot, position_of},
+        gather::{RowIds, gather},
+        items::{Item, Keys, item_of, keys_of, position_of},
         ptx::global_address,
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -36,12 +37,14 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     sink_logits: &[f32],
     rows: &[u32],
     items: &[u32],
+    counter: &[Atomic<u32>],
     out: &mut [O],
     lse: &mut [f32],
     count: u32,
     out_strides: &Strides,
     room: &Room,
     row_ids: &mut [u32],
+    cells: &mut [u32],
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
@@ -69,11 +72,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut value_cursor = Cursor::new();
     let mut tile_number = 0u32;
     let mut item_number = 0u32;
+    let mut tickets = Tickets::new();
     let mut slot = CUBE_POS as u32;
     let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
-    let mut now = stretch(&item, keys_of_item(&item, rows, numbers, blueprint), numbers);
+    let ids = RowIds::of(&item, rows, numbers, blueprint);
+    let mut now = stretch(&item, keys_of(ids.first, ids.last, numbers, blueprint), numbers);
     if slot < count {
-        gather(&item, source, rows, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
+        gather(&item, ids.mine, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
@@ -108,7 +113,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     while slot < count {
         let buffer = item_number % comptime![blueprint.query_stages];
         let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
-        slot = next_slot(item_number + 1u32);
+        slot = tickets.next(item_number, cells, room);
+        // Loads of the next item's place and rows are begun here and used once this item's first scores are folded.
         let next_item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
         let mut next = stretch(&next_item, now.keys, numbers);
         // Not known yet.
@@ -167,15 +173,16 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if lane == 0u32 {
                 ptx::arrive(room.key_empty + stage * 8u32);
             }
+            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
             let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
             if slot < count {
-                next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
+                next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
                 if comptime![blueprint.query_stages > 1] {
                     gather(
                         &next_item,
+                        ids.mine,
                         source,
-                        rows,
                         row_ids,
                         next_buffer,
                         &layout.query,
@@ -242,6 +249,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     ptx::arrive(room.key_empty + key_stage * 8u32);
                 }
                 let scores = fold::<NS>(scores, &mut softmax, &at, tile, &now.keys, numbers, blueprint);
+                ptx::wait_after(softmax.sum[0] + softmax.sum[1]);
                 acc = ptx::values_end::<NO, NP>(sum, weights, shape);
                 if lane == 0u32 {
                     ptx::arrive(room.value_empty + value_stage * 8u32);
@@ -285,8 +293,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 if slot < count {
                     gather(
                         &next_item,
+                        ids.mine,
                         source,
-                        rows,
                         row_ids,
                         next_buffer,
                         &layout.query,
@@ -313,11 +321,12 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
         } else if slot < count {
-            next.keys.set(&keys_of_item(&next_item, rows, numbers, blueprint));
+            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
+            next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
             gather(
                 &next_item,
+                ids.mine,
                 source,
-                rows,
                 row_ids,
                 next_buffer,
                 &layout.query,
@@ -354,6 +363,9 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             }
         }
 
+        if slot < count {
+            tickets.draw(counter);
+        }
         let upper = finish::<NO>(
             &acc,
             &softmax,
@@ -404,12 +416,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 }
             }
         }
-        item.list = next_item.list;
-        item.first = next_item.first;
-        item.rows = next_item.rows;
-        now.batch = next.batch;
-        now.kv_head = next.kv_head;
-        now.keys.set(&next.keys);
+        item.set(&next_item);
+        now.set(&next);
         key_cursor.advance();
         value_cursor.advance();
         item_number += 1u32;

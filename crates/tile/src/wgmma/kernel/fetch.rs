@@ -29,6 +29,16 @@ pub(super) struct Stretch {
 }
 
 #[cube]
+impl Stretch {
+    /// Assigns every field.
+    pub(super) fn set(&mut self, other: &Stretch) {
+        self.batch = other.batch;
+        self.kv_head = other.kv_head;
+        self.keys.set(&other.keys);
+    }
+}
+
+#[cube]
 impl Cursor {
     pub(super) fn new() -> Cursor {
         let mut state = Array::<u32>::new(3usize);

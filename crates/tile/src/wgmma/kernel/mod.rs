@@ -17,6 +17,7 @@ use cubecl::prelude::*;
 
 mod compute;
 mod fetch;
+mod tickets;
 
 use self::compute::compute_items;
 use super::ptx;
@@ -41,6 +42,13 @@ struct Room {
     key_empty: u32,
     value_full: u32,
     value_empty: u32,
+    ticket_full: u32,
+    ticket_empty: u32,
+}
+
+/// A full and an empty barrier of 8 bytes for every stage of keys, of values and of tickets.
+const fn barrier_bytes(blueprint: Blueprint) -> usize {
+    (2 * blueprint.stages as usize + tickets::STAGES as usize) * 16
 }
 
 /// Stage and phase of the `number`-th use of a ring.
@@ -61,6 +69,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
+    counter: &[Atomic<u32>],
     out: &mut [O],
     lse: &mut [f32],
     query_strides: Strides,
@@ -82,7 +91,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         terminate!();
     }
     let tiles = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.tile_bytes() / 4], 1024usize);
-    let barriers = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.barrier_bytes() / 4], 16usize);
+    let barriers = Shared::<[u32]>::new_aligned_slice(comptime![barrier_bytes(blueprint) / 4], 16usize);
+    let mut cells = Shared::<[u32]>::new_slice(comptime![tickets::STAGES as usize]);
     let mut row_ids =
         Shared::<[u32]>::new_slice(comptime![blueprint.query_stages as usize * blueprint.shape.rows]);
 
@@ -98,6 +108,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         key_empty: barrier + comptime![blueprint.stages * 8],
         value_full: barrier + comptime![blueprint.stages * 16],
         value_empty: barrier + comptime![blueprint.stages * 24],
+        ticket_full: barrier + comptime![blueprint.stages * 32],
+        ticket_empty: barrier + comptime![blueprint.stages * 32 + tickets::STAGES * 8],
     };
     if UNIT_POS == 0 {
         let warps = comptime![blueprint.warpgroups() * 4];
@@ -107,6 +119,11 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             ptx::barrier_init(room.key_empty + comptime![i * 8], warps);
             ptx::barrier_init(room.value_full + comptime![i * 8], 1u32);
             ptx::barrier_init(room.value_empty + comptime![i * 8], warps);
+        }
+        #[unroll]
+        for i in 0..tickets::STAGES {
+            ptx::barrier_init(room.ticket_full + comptime![i * 8], 1u32);
+            ptx::barrier_init(room.ticket_empty + comptime![i * 8], warps);
         }
         ptx::barriers_ready();
     }
@@ -123,12 +140,14 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         sink_logits,
         rows,
         items,
+        counter,
         out,
         lse,
         count,
         &out_strides,
         &room,
         &mut row_ids,
+        &mut cells,
         &numbers,
         blueprint,
     );
