@@ -46,6 +46,8 @@ struct Outcome {
     property: &'static str,
     claim: &'static str,
     seconds: f64,
+    /// Whether there is something on the device that the property is about.
+    applies: bool,
     /// The case that refutes the property, if any.
     refutation: Option<String>,
 }
@@ -70,9 +72,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for property in chosen {
         bar.set_message(property.name);
         let start = Instant::now();
-        let refutation = property.check(&device, effort).err();
+        let applies = property.applies(&device);
+        let refutation = if applies { property.check(&device, effort).err() } else { None };
         let seconds = start.elapsed().as_secs_f64();
-        results.push(Outcome { property: property.name, claim: property.claim, seconds, refutation });
+        results.push(Outcome {
+            property: property.name,
+            claim: property.claim,
+            seconds,
+            applies,
+            refutation,
+        });
         bar.inc(1);
     }
     bar.finish_and_clear();
@@ -108,7 +117,11 @@ fn print(report: &Report) {
     );
     let mut table = output::table(["property", "holds", "seconds"]);
     for outcome in &report.results {
-        let holds = if outcome.refutation.is_none() { "yes" } else { "NO" };
+        let holds = match (outcome.applies, &outcome.refutation) {
+            (false, _) => "not here",
+            (true, None) => "yes",
+            (true, Some(_)) => "NO",
+        };
         table.add_row([outcome.property.to_string(), holds.to_string(), format!("{:.1}", outcome.seconds)]);
     }
     println!("{table}");

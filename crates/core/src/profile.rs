@@ -31,6 +31,16 @@ pub struct DeviceProfile {
     pub atomic_add: bool,
 }
 
+impl DeviceProfile {
+    /// Units of the planes that kernels are written for where there are any.
+    pub const PLANE: u32 = 32;
+
+    /// Whether units run in planes of exactly [`PLANE`](Self::PLANE) and can exchange numbers in them.
+    pub fn has_planes(&self) -> bool {
+        self.cuda_arch.is_some() && self.plane_size == (Self::PLANE, Self::PLANE)
+    }
+}
+
 #[cfg(feature = "device")]
 impl DeviceProfile {
     /// The profile of the device behind a client.

@@ -1,5 +1,5 @@
 use bifocal_core::{
-    Error, Problem, Result,
+    DeviceProfile, Error, Problem, Result,
     device::{
         RouteGeometry, RoutedRows, Routes, Rows,
         launch::{grid, words},
@@ -18,7 +18,11 @@ const SEGMENT: u32 = 64;
 ///
 /// A row is `token * G + head in group`. A row whose route names no reach is in the list of the last reach with
 /// [`INVALID_ROW`] set, so that its output can be made NaN. Building takes three launches and no read-back: count
-/// per segment of tokens, compact (stable, so lists ascend and two runs agree bit for bit), cut, longest item first.
+/// per segment of tokens, compact (stable, so lists ascend and two runs agree bit for bit), cut.
+///
+/// Items stand by their rank from the end of their list: the last of every list, then the last but one of every list,
+/// and so on. Where keys up to the query's own are visible that is longest first, as nearly as can be told without
+/// looking at rows, and a device that takes items in turn finishes evenly.
 #[derive(Clone, Debug)]
 pub struct Plan {
     rows: Handle,
@@ -38,8 +42,7 @@ pub struct Plan {
 pub struct HostPlan {
     /// `[reach][batch * kv head]`: ascending rows.
     pub lists: Vec<Vec<Vec<u32>>>,
-    /// `[reach]`: (batch * kv head, first entry, rows) of each work item, in the order of the last row in them, latest
-    /// first.
+    /// `[reach]`: (batch * kv head, first entry, rows) of each work item, by their rank from the end of their list.
     pub items: Vec<Vec<[u32; 3]>>,
 }
 
@@ -65,7 +68,12 @@ impl Plan {
         if room > limit {
             return Err(Error::TooLarge { what: "rows in a dispatch plan", size: room, limit });
         }
-        let segments = problem.query_len.div_ceil(SEGMENT as usize);
+        // Planes take their segments together, and so none of two lists.
+        let planes = DeviceProfile::of(client).has_planes();
+        let mut segments = problem.query_len.div_ceil(SEGMENT as usize);
+        if planes {
+            segments = segments.next_multiple_of(DeviceProfile::PLANE as usize);
+        }
         let buffer = |words: usize| client.empty(words * 4);
         let segment_counts = buffer(geometry.reaches * lists * segments);
         let plan = Self {
@@ -114,18 +122,17 @@ impl Plan {
                 words(&plan.list_counts),
                 shape(),
                 reaches,
+                planes,
             );
             let (cubes, units) = grid(client, geometry.reaches * max_items);
             cut_items::launch_unchecked(
                 client,
                 cubes,
                 units,
-                words(&plan.rows),
                 words(&plan.list_counts),
                 words(&plan.items),
                 words(&plan.item_counts),
                 lists as u32,
-                packed_rows as u32,
                 max_items as u32,
                 item_rows,
                 reaches,
@@ -234,7 +241,7 @@ fn count_segments(routes: &[u32], segment_counts: &mut [u32], shape: Shape, #[co
     for reach in 0..comptime![reaches as usize] {
         counts[reach] = 0u32;
     }
-    let first = segment * SEGMENT;
+    let first = min(segment * SEGMENT, shape.tokens);
     let end = min(first + SEGMENT, shape.tokens);
     for head in 0..shape.heads / shape.kv_heads {
         let row = router_row(&shape, list, head);
@@ -257,7 +264,9 @@ fn compact(
     list_counts: &mut [u32],
     shape: Shape,
     #[comptime] reaches: u32,
+    #[comptime] planes: bool,
 ) {
+    // The same for a whole plane, where there are planes.
     if ABSOLUTE_POS >= (shape.lists * shape.segments) as usize {
         terminate!();
     }
@@ -269,12 +278,24 @@ fn compact(
     for reach in 0..comptime![reaches as usize] {
         let base = (reach as u32 * shape.lists + list) * shape.segments;
         let mut before = 0u32;
-        for s in 0..segment {
-            before += segment_counts[(base + s) as usize];
+        if comptime![planes] {
+            // The units of a plane have 32 segments in a row: all before them are summed together.
+            let lane = segment % DeviceProfile::PLANE;
+            let mut s = lane;
+            while s + lane < segment {
+                before += segment_counts[(base + s) as usize];
+                s += DeviceProfile::PLANE;
+            }
+            let own = segment_counts[(base + segment) as usize];
+            before = plane_sum(before) + plane_exclusive_sum(own);
+        } else {
+            for s in 0..segment {
+                before += segment_counts[(base + s) as usize];
+            }
         }
         next[reach] = before;
     }
-    let first = segment * SEGMENT;
+    let first = min(segment * SEGMENT, shape.tokens);
     let end = min(first + SEGMENT, shape.tokens);
     for token in first..end {
         for head in 0..group {
@@ -296,22 +317,13 @@ fn compact(
     }
 }
 
-/// The row, without its mark, that an item of a list ends with: the more tokens come before it, the more keys it sees.
-#[cube]
-fn last_row(rows: &[u32], base: u32, count: u32, item: u32, item_rows: u32) -> u32 {
-    rows[(base + min((item + 1u32) * item_rows, count) - 1u32) as usize] % INVALID_ROW
-}
-
-/// One unit per item that there can be. Items stand in the order of the last row in them, latest first: where keys up
-/// to the query's own are visible, that is longest first, which lets a device that takes them in turn finish evenly.
+/// One unit per item that there can be.
 #[cube(launch_unchecked)]
 fn cut_items(
-    rows: &[u32],
     list_counts: &[u32],
     items: &mut [u32],
     item_counts: &mut [u32],
     lists: u32,
-    packed: u32,
     max_items: u32,
     item_rows: u32,
     reaches: u32,
@@ -337,27 +349,16 @@ fn cut_items(
         item_counts[reach as usize] = before;
     }
     if mine < lists {
-        let base = (reach * lists + mine) * packed;
         let count = list_counts[(reach * lists + mine) as usize];
-        let last = last_row(rows, base, count, item, item_rows);
-        // Its place is the number of items that end later; of two that end together the earlier list's goes first.
+        let rank = count.div_ceil(item_rows) - 1u32 - item;
+        // Before it stand all items of a smaller rank, and those of the same rank in earlier lists.
         let mut place = 0u32;
         for list in 0..lists {
-            let base = (reach * lists + list) * packed;
-            let count = list_counts[(reach * lists + list) as usize];
-            let cut = count.div_ceil(item_rows);
-            let mut low = 0u32;
-            let mut high = cut;
-            while low < high {
-                let middle = (low + high) / 2u32;
-                let other = last_row(rows, base, count, middle, item_rows);
-                if other > last || (other == last && list < mine) {
-                    high = middle;
-                } else {
-                    low = middle + 1u32;
-                }
+            let cut = list_counts[(reach * lists + list) as usize].div_ceil(item_rows);
+            place += min(cut, rank);
+            if list < mine && cut > rank {
+                place += 1u32;
             }
-            place += cut - low;
         }
         let at = ((reach * max_items + place) * 3u32) as usize;
         items[at] = mine;

@@ -186,9 +186,10 @@ fn route(
     let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
-    let projected = project::has_planes(&DeviceProfile::of(client)) && batch <= 65_535;
+    let projected = DeviceProfile::of(client).has_planes() && batch <= 65_535;
     if projected {
-        let (cubes, units) = project::grid(batch, tokens, columns);
+        let blueprint = project::Blueprint::new(hidden, weight);
+        let (cubes, units) = blueprint.grid(batch, tokens, columns);
         // SAFETY: spans were checked above; each plane checks its tokens and columns.
         unsafe {
             project_kernel::launch_unchecked(
@@ -206,7 +207,10 @@ fn route(
                     hidden.strides()[1] as u32,
                     weight.strides()[0] as u32,
                 ),
+                blueprint,
                 [hidden.element().into(), weight.element().into()],
+                blueprint.dims,
+                blueprint.width,
             );
         }
     }
@@ -275,11 +279,19 @@ fn linear_kernel<E: Float, W: Float>(
     #[define(E, W)] _elements: [ElemType; 2],
 ) {
     let quads = shape.tokens.div_ceil(4u32);
-    if ABSOLUTE_POS >= (shape.batch * shape.heads * quads) as usize {
-        terminate!();
+    let work = shape.batch * shape.heads * quads;
+    let position = min(ABSOLUTE_POS as u32, work - 1u32);
+    let mut live = true;
+    if comptime![projected] {
+        // Planes count together, so their units stay together.
+        live = ABSOLUTE_POS < work as usize;
+    } else {
+        if ABSOLUTE_POS >= work as usize {
+            terminate!();
+        }
     }
-    let row = ABSOLUTE_POS as u32 / quads;
-    let first = (ABSOLUTE_POS as u32 % quads) * 4u32;
+    let row = position / quads;
+    let first = (position % quads) * 4u32;
     let batch = row / shape.heads;
     let head = row % shape.heads;
     let count = comptime![choice.logits()];
@@ -361,17 +373,38 @@ fn linear_kernel<E: Float, W: Float>(
     for lane in 0..4usize {
         let token = first + comptime![lane as u32];
         if token < shape.tokens {
-            let route = route.extract(lane);
-            word |= route << comptime![lane as u32 * 8];
+            word |= route.extract(lane) << comptime![lane as u32 * 8];
             for k in 0..count {
                 let at = (row as usize * count + k) * shape.tokens as usize + token as usize;
-                scores[at] = logits[k].extract(lane);
+                if live {
+                    scores[at] = logits[k].extract(lane);
+                }
             }
-            let column = min(route, reaches);
-            counts[(row * (reaches + 1) + column) as usize].fetch_add(1u32);
         } else {
             word |= comptime![(INVALID_ROUTE as u32) << (lane as u32 * 8)];
         }
     }
-    routes[ABSOLUTE_POS] = word;
+    if live {
+        routes[position as usize] = word;
+    }
+    // One counter per reach, and one for the routes that name none.
+    for reach in 0..reaches + 1u32 {
+        let mut here = 0u32;
+        #[unroll]
+        for lane in 0..4usize {
+            let counted = live && first + comptime![lane as u32] < shape.tokens;
+            here += select(counted && min(route.extract(lane), reaches) == reach, 1u32, 0u32);
+        }
+        let mut adds = here > 0u32;
+        if comptime![projected] {
+            // A plane of one router head, as nearly all are, adds once.
+            if plane_all(row == plane_broadcast(row, 0u32)) {
+                here = plane_sum(here);
+                adds = here > 0u32 && UNIT_POS % DeviceProfile::PLANE == 0u32;
+            }
+        }
+        if adds {
+            counts[(row * (reaches + 1u32) + reach) as usize].fetch_add(here);
+        }
+    }
 }

@@ -10,6 +10,7 @@ mod case;
 mod compare;
 mod inputs;
 mod routing;
+mod tensor_cores;
 
 use bifocal::cubecl::client::Client;
 use bifocal::{DeviceProfile, Result};
@@ -56,10 +57,22 @@ pub struct Property {
     pub name: &'static str,
     /// The statement.
     pub claim: &'static str,
+    /// Whether there is something on a device that the statement is about.
+    applies: fn(&DeviceProfile) -> bool,
     run: fn(&Device, Effort) -> Result<(), String>,
 }
 
+/// What most properties are about is on every device.
+fn everywhere(_: &DeviceProfile) -> bool {
+    true
+}
+
 impl Property {
+    /// Whether there is something on the device that the property is about.
+    pub fn applies(&self, device: &Device) -> bool {
+        (self.applies)(&device.profile)
+    }
+
     /// Tries to refute the property on a device.
     ///
     /// # Errors
@@ -72,9 +85,10 @@ impl Property {
     }
 }
 
-/// Every property, in the order of the data's way: routers, plans, operators, combinations, systems.
+/// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; last, the
+/// instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
-    routing::PROPERTIES.iter().chain(attention::PROPERTIES)
+    routing::PROPERTIES.iter().chain(attention::PROPERTIES).chain(tensor_cores::PROPERTIES)
 }
 
 /// The property of that name.

@@ -12,6 +12,7 @@ use crate::{
     Device, Effort, Property,
     case::{cases, routings, windows},
     compare::{Read, near, run},
+    everywhere,
     inputs::{Data, HostRoutes, round},
     refute,
 };
@@ -20,31 +21,37 @@ pub(crate) const PROPERTIES: &[Property] = &[
     Property {
         name: "gates_equal_the_oracle",
         claim: "a linear gate's scores, routes and counts are the oracle's, token-wise and head-wise, AHA's and L2A's",
+        applies: everywhere,
         run: gates_equal_the_oracle,
     },
     Property {
         name: "choices_equal_the_oracle",
         claim: "a linear choice's softmax, argmax and counts are the oracle's",
+        applies: everywhere,
         run: choices_equal_the_oracle,
     },
     Property {
         name: "assigned_routes_are_as_told",
         claim: "fixed and random routers give on the device what they say on the host",
+        applies: everywhere,
         run: assigned_routes_are_as_told,
     },
     Property {
         name: "nan_scores_never_pass_silently",
         claim: "a NaN hidden state makes its routes invalid, its rows NaN, and reading the counts an error",
+        applies: everywhere,
         run: nan_scores_never_pass_silently,
     },
     Property {
         name: "plans_equal_the_oracle",
         claim: "lists are the oracle's, ascending, and every row is in exactly one item",
+        applies: everywhere,
         run: plans_equal_the_oracle,
     },
     Property {
         name: "combinations_equal_the_oracle",
         claim: "merge, mix, select and mask are the oracle's",
+        applies: everywhere,
         run: combinations_equal_the_oracle,
     },
 ];
@@ -346,11 +353,11 @@ fn plans_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String>
             if covered.iter().flatten().any(|&times| times != 1) {
                 return Err("a row is not in exactly one item".into());
             }
-            let last = |&[list, first, count]: &[u32; 3]| {
-                lists[list as usize][(first + count - 1) as usize] % INVALID_ROW
-            };
-            if !items.is_sorted_by(|a, b| last(a) >= last(b)) {
-                return Err("a longer item comes after a shorter one".into());
+            // From the end of its list: the last item of every list comes first.
+            let rank =
+                |&[list, first, _]: &[u32; 3]| (lists[list as usize].len() as u32 - 1 - first) / item_rows;
+            if !items.is_sorted_by_key(rank) {
+                return Err("an item comes before one that is nearer to the end of its list".into());
             }
             let ascends = |list: &Vec<u32>| list.is_sorted_by(|a, b| a % INVALID_ROW < b % INVALID_ROW);
             if !lists.iter().all(ascends) {

@@ -12,4 +12,4 @@ mod visibility;
 mod wgmma;
 
 pub use engine::{attend, item_rows, supports};
-pub use wgmma::sources;
+pub use wgmma::{products, sources};

@@ -1,6 +1,7 @@
 //! The routine for Hopper: bulk copies, warpgroup products, cubes that stay for many items.
 
 mod kernel;
+mod products;
 mod ptx;
 mod source;
 
@@ -14,6 +15,7 @@ use bifocal_core::{
 use cubecl::{client::Client, ir::ElemType, prelude::*};
 
 use self::kernel::attend_kernel;
+pub use self::products::products;
 use crate::{
     engine::Work,
     portable::strides,
