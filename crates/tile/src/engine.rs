@@ -4,11 +4,11 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, server::Handle};
 
-use crate::{portable, visibility::Visibility, wgmma};
+use crate::{mma, portable, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma};
 
 /// Rows per work item on a device: what a dispatch plan cuts its lists into.
 pub fn item_rows(profile: &DeviceProfile) -> u32 {
-    if profile.cuda_arch == Some(90) { wgmma::ITEM_ROWS } else { portable::lanes(profile) }
+    if profile.cuda_arch.is_some_and(|arch| arch >= 80) { ITEM_ROWS } else { portable::lanes(profile) }
 }
 
 /// Whether `routine` can run `problem` on a device with this profile; if not, why.
@@ -21,6 +21,7 @@ pub fn supports(routine: Routine, problem: &Problem, profile: &DeviceProfile) ->
     }
     match routine {
         Routine::Wgmma => wgmma::supports(problem, profile),
+        Routine::Mma => mma::supports(problem, profile),
         Routine::Portable => portable::supports(problem, profile),
         _ => Err(Refusal::NotImplemented),
     }
@@ -133,6 +134,14 @@ pub fn attend(
                 Ok(()) => {
                     let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
                     wgmma::launch(client, &profile, problem, inputs, &work, partial);
+                    return Ok(routine);
+                }
+                Err(refusal) => refusal,
+            },
+            (Ok(()), Routine::Mma) => match mma::takes(inputs, partial) {
+                Ok(()) => {
+                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
+                    mma::launch(client, problem, inputs, &work, partial);
                     return Ok(routine);
                 }
                 Err(refusal) => refusal,

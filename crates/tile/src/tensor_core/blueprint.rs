@@ -10,6 +10,14 @@ pub(crate) enum Operand {
 }
 
 impl Operand {
+    pub(crate) const fn of(element: Element) -> Option<Self> {
+        match element {
+            Element::F16 => Some(Operand::F16),
+            Element::Bf16 => Some(Operand::Bf16),
+            _ => None,
+        }
+    }
+
     /// The type's name in PTX.
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -61,13 +69,24 @@ pub(crate) struct Blueprint {
     pub(crate) sink_logits: bool,
     pub(crate) out_f32: bool,
     pub(crate) shape: Shape,
-    /// Tiles of keys, and of values, in flight.
+    /// Rows that a warp computes.
+    pub(crate) warp_rows: usize,
+    /// Tiles that the ring in shared memory holds: `wgmma` has one of keys and one of values, `mma` one for both.
     pub(crate) stages: u32,
     /// Items whose queries are in shared memory.
     pub(crate) query_stages: u32,
 }
 
 impl Blueprint {
+    pub(crate) const fn threads(self) -> u32 {
+        (self.shape.rows / self.warp_rows * 32) as u32
+    }
+
+    /// Blocks of 16 rows that a warp computes.
+    pub(crate) const fn blocks(self) -> usize {
+        self.warp_rows / 16
+    }
+
     pub(crate) const fn warpgroups(self) -> u32 {
         self.shape.rows as u32 / 64
     }

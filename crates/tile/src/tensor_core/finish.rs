@@ -67,12 +67,46 @@ pub(crate) fn finish<NO: Size>(
     Row { position, head, offset, exponent, norm, odd }
 }
 
+/// Computes those of a warp's 16 rows again whose output is not finite.
+#[cube]
+pub(crate) fn redo_odd<E: Float, O: Float>(
+    upper: &Row,
+    lower: &Row,
+    batch: u32,
+    kv_head: u32,
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    layout: &Layout,
+    out: &mut [O],
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    if plane_any(upper.odd + lower.odd > 0u32) {
+        for r in 0..16u32 {
+            let from = (r % 8u32) * 4u32;
+            let row = Row {
+                position: plane_shuffle(select(r < 8u32, upper.position, lower.position), from),
+                head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
+                offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
+                exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
+                norm: plane_shuffle(select(r < 8u32, upper.norm, lower.norm), from),
+                odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
+            };
+            if row.odd > 0u32 {
+                redo::<E, O>(&row, batch, kv_head, query, key, value, layout, out, keys, numbers, blueprint);
+            }
+        }
+    }
+}
+
 /// Computes a row's output again, key by key, by all threads of a warp.
 ///
 /// A product takes every key of a tile, and 0 x NaN is NaN: a value that is not finite spoils rows that do not see it.
 /// Such values are rare, so that all it has to be is right.
 #[cube]
-pub(crate) fn redo<E: Float, O: Float>(
+fn redo<E: Float, O: Float>(
     row: &Row,
     batch: u32,
     kv_head: u32,
@@ -130,7 +164,7 @@ pub(crate) fn redo<E: Float, O: Float>(
 
 /// Stores one of a thread's two rows, together with the three threads that hold the rest of it.
 #[cube]
-pub(crate) fn store_row<NO: Size>(
+fn store_row<NO: Size>(
     acc: &Vector<f32, NO>,
     norm: f32,
     target: u64,

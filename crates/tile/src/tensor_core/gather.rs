@@ -68,7 +68,13 @@ pub(crate) fn gather(
     for chunk in 0..comptime![chunks / 2] {
         let column = comptime![chunk as u32 * 2] + half;
         let panel = comptime![(chunk * 2 / 8 * blueprint.shape.rows * SWIZZLE) as u32];
-        let swizzled = ((column % 8u32) ^ (row_in_tile % 8u32)) * 16u32;
-        ptx::copy_16(to + panel + swizzled, from + comptime![chunk as u64 * 32]);
+        ptx::copy_16(to + panel + swizzled(row_in_tile, column), from + comptime![chunk as u64 * 32]);
     }
+}
+
+/// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle, which
+/// keeps the same column of eight rows in different banks.
+#[cube]
+pub(crate) fn swizzled(row: u32, column: u32) -> u32 {
+    ((column % 8u32) ^ (row % 8u32)) * 16u32
 }

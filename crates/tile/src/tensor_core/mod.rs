@@ -13,8 +13,10 @@ mod blueprint;
 pub(crate) mod finish;
 pub(crate) mod gather;
 pub(crate) mod items;
+pub(crate) mod launch;
 pub(crate) mod ptx;
 pub(crate) mod softmax;
+pub(crate) mod source;
 
 use cubecl::prelude::*;
 

@@ -31,6 +31,37 @@ pub(crate) struct Softmax {
     pub(crate) correction: Array<f32>,
 }
 
+#[cube]
+impl Softmax {
+    /// The softmax of rows of two heads before their first key. A sink logit is a key with a value of zero: it opens the
+    /// maximum, and the sum of one thread of the row.
+    pub(crate) fn new(
+        upper_head: u32,
+        lower_head: u32,
+        sink_logits: &[f32],
+        numbers: &Numbers,
+        #[comptime] blueprint: Blueprint,
+    ) -> Softmax {
+        let mut softmax =
+            Softmax { maximum: Array::new(2usize), sum: Array::new(2usize), correction: Array::new(2usize) };
+        softmax.maximum[0] = numbers.neg_inf;
+        softmax.maximum[1] = numbers.neg_inf;
+        softmax.sum[0] = 0.0f32;
+        softmax.sum[1] = 0.0f32;
+        if comptime![blueprint.sink_logits] {
+            let to_score = std::f32::consts::LOG2_E / numbers.exponent_scale;
+            let upper = sink_logits[upper_head as usize] * to_score;
+            let lower = sink_logits[lower_head as usize] * to_score;
+            softmax.maximum[0] = upper;
+            softmax.maximum[1] = lower;
+            let opens = UNIT_POS % 4u32 == 0u32;
+            softmax.sum[0] = select(opens && upper != numbers.neg_inf, 1.0f32, 0.0f32);
+            softmax.sum[1] = select(opens && lower != numbers.neg_inf, 1.0f32, 0.0f32);
+        }
+        softmax
+    }
+}
+
 /// The larger of the values that the four threads of a row hold.
 #[cube]
 pub(crate) fn row_max(x: f32) -> f32 {

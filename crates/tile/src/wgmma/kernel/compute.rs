@@ -12,7 +12,7 @@ use crate::{
     portable::{INVALID_ROW, Strides},
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
-        finish::{Row, finish, redo},
+        finish::{finish, redo_odd},
         gather::{RowIds, gather},
         items::{Item, Keys, item_of, keys_of, position_of},
         ptx::global_address,
@@ -141,24 +141,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             last: position_of(last_id, numbers),
         };
 
-        let mut softmax =
-            Softmax { maximum: Array::new(2usize), sum: Array::new(2usize), correction: Array::new(2usize) };
-        softmax.maximum[0] = numbers.neg_inf;
-        softmax.maximum[1] = numbers.neg_inf;
-        softmax.sum[0] = 0.0f32;
-        softmax.sum[1] = 0.0f32;
-        if comptime![blueprint.sink_logits] {
-            // The sink logit is a key with a value of zero: it opens the maximum, and the sum of one thread of the row.
-            let to_score = std::f32::consts::LOG2_E / numbers.exponent_scale;
-            let upper = sink_logits[upper_head as usize] * to_score;
-            let lower = sink_logits[lower_head as usize] * to_score;
-            softmax.maximum[0] = upper;
-            softmax.maximum[1] = lower;
-            let opens = lane % 4u32 == 0u32;
-            softmax.sum[0] = select(opens && upper != numbers.neg_inf, 1.0f32, 0.0f32);
-            softmax.sum[1] = select(opens && lower != numbers.neg_inf, 1.0f32, 0.0f32);
-        }
-
+        let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
         let mut acc = Vector::<f32, NO>::new(0.0f32);
         if now.keys.tiles > 0u32 {
             let query_at = room.query
@@ -398,24 +381,9 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             1usize,
             blueprint,
         );
-        if plane_any(upper.odd + lower.odd > 0u32) {
-            for r in 0..16u32 {
-                let from = (r % 8u32) * 4u32;
-                let row = Row {
-                    position: plane_shuffle(select(r < 8u32, upper.position, lower.position), from),
-                    head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
-                    offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
-                    exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
-                    norm: plane_shuffle(select(r < 8u32, upper.norm, lower.norm), from),
-                    odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
-                };
-                if row.odd > 0u32 {
-                    redo::<E, O>(
-                        &row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
-                    );
-                }
-            }
-        }
+        redo_odd::<E, O>(
+            &upper, &lower, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
+        );
         item.set(&next_item);
         now.set(&next);
         key_cursor.advance();
