@@ -55,7 +55,7 @@ pub(crate) struct Options {
     /// Length of a hidden state, which the router reads.
     #[arg(long, default_value_t = 1024)]
     model_dim: usize,
-    /// The routine to run by (wgmma, portable); the fastest that can unless given.
+    /// The routine to run by (wgmma, mma, portable); the fastest that can unless given.
     #[arg(long)]
     routine: Option<Routine>,
     /// Cases to time; all unless given.

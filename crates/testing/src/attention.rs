@@ -144,7 +144,7 @@ fn wide_heads_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), St
     // One element type, so that one kernel is compiled however many cases there are.
     refute(effort, (cases(&device.profile), windows()), |(case, window)| {
         let case = Case { head_dim: 256, value_dim: 256, softcap: false, sink_logits: false, ..case };
-        let case = Case { element: Element::F32, out_f32: true, ..case };
+        let case = Case { element: Element::F32, out_f32: true, routine: None, ..case };
         let data = Data::new(&case);
         let on = run(data.upload(&device.client))?;
         let reach = Reach::Window(window);

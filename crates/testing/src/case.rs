@@ -81,17 +81,18 @@ pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + us
     let numbers = (dims, any::<bool>(), elements, any::<bool>());
     let magnitudes = select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]);
     let options = (0..4u8, 0..4u8, 0..4u8, magnitudes, any::<u64>());
+    let profile = profile.clone();
     (shape, numbers, options).prop_map(move |(shape, numbers, options)| {
         let (batch, kv_heads, group, query_len, other_len, lengths) = shape;
         let (head_dim, same_dim, element, out_f32) = numbers;
-        let (softcap, sink_logits, portable, magnitude, seed) = options;
+        let (softcap, sink_logits, routine, magnitude, seed) = options;
         // Mostly self-attention; sometimes a longer or a shorter past.
         let key_len = match lengths {
             0 => query_len + other_len,
             1 => other_len,
             _ => query_len,
         };
-        Case {
+        let case = Case {
             batch,
             kv_heads,
             group,
@@ -103,11 +104,15 @@ pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + us
             out_f32,
             softcap: softcap == 0,
             sink_logits: sink_logits == 0,
-            routine: (portable == 0).then_some(Routine::Portable),
+            routine: (routine == 0).then_some(Routine::Portable),
             tensor_cores,
             magnitude,
             seed,
-        }
+        };
+        // On Hopper nothing is computed by `mma` unless it is asked for.
+        let by_mma = Case { routine: Some(Routine::Mma), ..case.clone() };
+        let runs = bifocal_tile::supports(Routine::Mma, &by_mma.problem(), &profile).is_ok();
+        if routine == 1 && runs { by_mma } else { case }
     })
 }
 

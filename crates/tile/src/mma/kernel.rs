@@ -269,14 +269,9 @@ pub(crate) fn attend_kernel<
         ));
     }
 
-    // `ldmatrix` reads four matrices of 8 x 8, whose rows eight lanes each name. Queries and values: 16 rows, then the same
-    // 16 eight columns on. Keys: eight rows, the same eight columns on, then the next eight rows.
-    let across = lane % 16u32 * comptime![SWIZZLE as u32] + swizzled(lane, lane / 16u32);
-    let down =
-        (lane % 8u32 + lane / 16u32 * 8u32) * comptime![SWIZZLE as u32] + swizzled(lane, lane / 8u32 % 2u32);
-    let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + across;
-    let key_at = ring + down;
-    let value_at = ring + across;
+    let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + ptx::across(lane);
+    let key_at = ring + ptx::down(lane);
+    let value_at = ring + ptx::across(lane);
 
     let mut acc = Vector::<f32, WO>::new(0.0f32);
     // Where in the ring this step's tile is, and the one before, whose place is free once all warps are here.

@@ -7,7 +7,10 @@
 
 use cubecl::prelude::*;
 
-use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape};
+use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape, gather::swizzled};
+
+#[cfg(test)]
+mod tests;
 
 /// Rows, or keys, that one `ldmatrix` reads; also the depth of a product.
 const STEP: usize = 16;
@@ -100,7 +103,22 @@ fn values_text(blueprint: Blueprint) -> String {
     text + "}"
 }
 
-/// S = Q K^T of a warp's rows and a tile of keys: block by block of 16 rows.
+/// Which row a lane names of 16 rows and 16 columns that lie as they are multiplied, queries and values: 16 rows, then the
+/// same 16 eight columns on. In bytes from the first row of a panel.
+#[cube]
+pub(super) fn across(lane: u32) -> u32 {
+    lane % 16u32 * comptime![SWIZZLE as u32] + swizzled(lane, lane / 16u32)
+}
+
+/// Which row a lane names of 16 keys and 16 columns, as a product wants them, transposed: eight rows, the same eight columns
+/// on, then the next eight rows.
+#[cube]
+pub(super) fn down(lane: u32) -> u32 {
+    (lane % 8u32 + lane / 16u32 * 8u32) * comptime![SWIZZLE as u32] + swizzled(lane, lane / 8u32 % 2u32)
+}
+
+/// S = Q K^T of a warp's rows and a tile of keys, block by block of 16 rows. `query` is the address of the warp's first row
+/// and [`across`], `key` the tile's and [`down`].
 #[cube]
 pub(super) fn scores<WS: Size>(query: u32, key: u32, #[comptime] blueprint: Blueprint) -> Vector<f32, WS> {
     let body = comptime![scores_text(blueprint)];
@@ -112,7 +130,7 @@ pub(super) fn scores<WS: Size>(query: u32, key: u32, #[comptime] blueprint: Blue
     scores
 }
 
-/// O + P V of a warp's rows and a tile of values.
+/// O + P V of a warp's rows and a tile of values. `value` is the address of the tile and [`across`].
 #[cube]
 pub(super) fn values<WO: Size, WP: Size>(
     out: Vector<f32, WO>,
