@@ -113,4 +113,9 @@ impl Blueprint {
     pub(crate) const fn tile_bytes(self) -> usize {
         self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
     }
+
+    /// Whether items can be cut into parts, each with some of the keys. Rows of a window see too few for it.
+    pub(crate) const fn in_parts(self) -> bool {
+        matches!(self.visibility, Visibility::All | Visibility::Far)
+    }
 }

@@ -14,7 +14,7 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, ir::ElemType, prelude::*};
 
-use self::kernel::attend_kernel;
+use self::kernel::{attend_kernel, parts};
 pub use self::products::products;
 use crate::{
     engine::Work,
@@ -88,9 +88,18 @@ pub(crate) fn launch(
     let sink_logits = inputs.sink_logits.is_some();
     let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
     let numbers = numbers(problem, work);
-    let cubes = profile.multiprocessors.min(work.max_items as u32).max(1);
     let threads = blueprint.warpgroups() * 128;
-    let counter = client.create_from_slice(&[0; 4]);
+    // Where there are fewer items than this, they are cut into parts.
+    let park_room = 2 * profile.multiprocessors;
+    let counters = client.create_from_slice(&vec![0; (1 + 2 * park_room as usize) * 4]);
+    let few = work.routed || work.max_items <= park_room as usize / 2;
+    let (parked, slots) = if blueprint.in_parts() && few {
+        let numbers = park_room as usize * parts::parked_numbers(blueprint) * threads as usize;
+        (client.empty(numbers * 4), work.max_items * parts::MOST as usize)
+    } else {
+        (counters.clone(), work.max_items)
+    };
+    let cubes = slots.clamp(1, profile.multiprocessors as usize) as u32;
     let element: ElemType = problem.element.into();
     let Shape { keys, .. } = blueprint.shape;
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
@@ -112,7 +121,8 @@ pub(crate) fn launch(
             words(work.rows),
             words(work.items),
             words(work.item_counts),
-            words(&counter),
+            words(&counters),
+            words(&parked),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),
@@ -120,6 +130,7 @@ pub(crate) fn launch(
             strides(inputs.value.strides()),
             strides(partial.out.strides()),
             numbers,
+            park_room,
             blueprint,
             [element, partial.out.element().into()],
             keys / 2,

@@ -5,8 +5,9 @@ use cubecl::prelude::*;
 use super::{
     Room, WARPGROUP, WARPGROUP_ROWS,
     fetch::{Cursor, Stretch, fetch},
+    parts::{park, parts_of, take_up},
     stage_of,
-    tickets::Tickets,
+    tickets::{self, Tickets},
 };
 use crate::{
     portable::{INVALID_ROW, Strides},
@@ -37,7 +38,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     sink_logits: &[f32],
     rows: &[u32],
     items: &[u32],
-    counter: &[Atomic<u32>],
+    counters: &[Atomic<u32>],
+    parked: &mut [f32],
     out: &mut [O],
     lse: &mut [f32],
     count: u32,
@@ -46,6 +48,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     row_ids: &mut [u32],
     cells: &mut [u32],
     numbers: &Numbers,
+    park_room: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let shape = comptime![blueprint.shape];
@@ -73,11 +76,14 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut tile_number = 0u32;
     let mut item_number = 0u32;
     let mut tickets = Tickets::new();
+    let parts = parts_of(count, park_room, blueprint);
+    let slots = count * parts;
     let mut slot = CUBE_POS as u32;
-    let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
+    let mut item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
     let ids = RowIds::of(&item, rows, numbers, blueprint);
     let mut now = stretch(&item, keys_of(ids.first, ids.last, numbers, blueprint), numbers);
-    if slot < count {
+    now.keys.keep_part(slot % parts, parts, blueprint);
+    if slot < slots {
         gather(&item, ids.mine, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
@@ -110,12 +116,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     if warpgroup == 1u32 {
         ptx::turn_give(1u32, threads);
     }
-    while slot < count {
+    while slot < slots {
         let buffer = item_number % comptime![blueprint.query_stages];
         let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
+        let this_slot = slot;
         slot = tickets.next(item_number, cells, room);
         // Loads of the next item's place and rows are begun here and used once this item's first scores are folded.
-        let next_item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
+        let next_item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
         let mut next = stretch(&next_item, now.keys, numbers);
         // Not known yet.
         next.keys.tiles = 0u32;
@@ -142,6 +149,16 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         };
 
         let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
+        if comptime![blueprint.sink_logits && blueprint.in_parts()] {
+            // The sink is one key: the first part has it.
+            if this_slot % parts > 0u32 {
+                #[unroll]
+                for row in 0..2usize {
+                    softmax.maximum[row] = numbers.neg_inf;
+                    softmax.sum[row] = 0.0f32;
+                }
+            }
+        }
         let mut acc = Vector::<f32, NO>::new(0.0f32);
         if now.keys.tiles > 0u32 {
             let query_at = room.query
@@ -159,8 +176,9 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             let ids = RowIds::of(&next_item, rows, numbers, blueprint);
             let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
-            if slot < count {
+            if slot < slots {
                 next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+                next.keys.keep_part(slot % parts, parts, blueprint);
                 if comptime![blueprint.query_stages > 1] {
                     gather(
                         &next_item,
@@ -273,7 +291,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             let value_descriptor = ptx::descriptor(room.value + stage * tile_bytes, key_panel);
             let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
             if comptime![blueprint.query_stages == 1] {
-                if slot < count {
+                if slot < slots {
                     gather(
                         &next_item,
                         ids.mine,
@@ -303,9 +321,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 values_by,
                 blueprint,
             );
-        } else if slot < count {
+        } else if slot < slots {
             let ids = RowIds::of(&next_item, rows, numbers, blueprint);
             next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+            next.keys.keep_part(slot % parts, parts, blueprint);
             gather(
                 &next_item,
                 ids.mine,
@@ -346,44 +365,70 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             }
         }
 
-        if slot < count {
-            tickets.draw(counter);
+        if slot < slots {
+            tickets.draw(counters);
         }
-        let upper = finish::<NO>(
-            &acc,
-            &softmax,
-            upper_id,
-            upper_token,
-            upper_head,
-            at.upper,
-            tile_row < item.rows,
-            batch,
-            lse,
-            target,
-            out_strides,
-            numbers,
-            0usize,
-            blueprint,
-        );
-        let lower = finish::<NO>(
-            &acc,
-            &softmax,
-            lower_id,
-            lower_token,
-            lower_head,
-            at.lower,
-            tile_row + 8u32 < item.rows,
-            batch,
-            lse,
-            target,
-            out_strides,
-            numbers,
-            1usize,
-            blueprint,
-        );
-        redo_odd::<E, O>(
-            &upper, &lower, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
-        );
+        let mut whole = true;
+        if comptime![blueprint.in_parts()] {
+            if parts > 1u32 {
+                let first_slot = this_slot / parts * parts;
+                whole = park::<NO>(
+                    &acc,
+                    &softmax,
+                    this_slot,
+                    parts,
+                    parked,
+                    counters,
+                    1u32 + first_slot / parts * 2u32 + warpgroup,
+                    cells,
+                    comptime![tickets::STAGES] + warpgroup,
+                    together,
+                    blueprint,
+                );
+                if whole {
+                    acc = take_up::<NO>(&mut softmax, first_slot, parts, parked, numbers, blueprint);
+                }
+            }
+        }
+        if whole {
+            // Of all parts.
+            let keys = keys_of(first_id, last_id, numbers, blueprint);
+            let upper = finish::<NO>(
+                &acc,
+                &softmax,
+                upper_id,
+                upper_token,
+                upper_head,
+                at.upper,
+                tile_row < item.rows,
+                batch,
+                lse,
+                target,
+                out_strides,
+                numbers,
+                0usize,
+                blueprint,
+            );
+            let lower = finish::<NO>(
+                &acc,
+                &softmax,
+                lower_id,
+                lower_token,
+                lower_head,
+                at.lower,
+                tile_row + 8u32 < item.rows,
+                batch,
+                lse,
+                target,
+                out_strides,
+                numbers,
+                1usize,
+                blueprint,
+            );
+            redo_odd::<E, O>(
+                &upper, &lower, batch, kv_head, query, key, value, layout, out, &keys, numbers, blueprint,
+            );
+        }
         item.set(&next_item);
         now.set(&next);
         key_cursor.advance();
