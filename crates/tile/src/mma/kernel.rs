@@ -56,6 +56,16 @@ const fn rows_at_once(blueprint: Blueprint, panel: usize) -> usize {
     blueprint.threads() as usize / panel_columns(blueprint, panel)
 }
 
+/// Bytes of queries and ring together.
+const fn room_bytes(blueprint: Blueprint) -> u32 {
+    blueprint.query_bytes() as u32 + blueprint.stages * blueprint.key_bytes() as u32
+}
+
+/// Where rows are noted until their queries are being copied, in words: in the ring's last place, which is filled last.
+const fn starts_at(blueprint: Blueprint) -> u32 {
+    (room_bytes(blueprint) - blueprint.key_bytes() as u32) / 4
+}
+
 #[cube]
 fn place(#[comptime] panel: usize, #[comptime] blueprint: Blueprint) -> Place {
     let columns = comptime![panel_columns(blueprint, panel) as u32];
@@ -95,9 +105,9 @@ fn copy_tile(
     }
 }
 
-/// Starts the copies of an item's queries, which begin at `starts`, to `room`.
+/// Starts the copies of an item's queries to `room`. Where they begin is noted in `tiles`.
 #[cube]
-fn copy_queries(source: u64, starts: &[u32], room: u32, #[comptime] blueprint: Blueprint) {
+fn copy_queries(source: u64, tiles: &[u32], room: u32, #[comptime] blueprint: Blueprint) {
     #[unroll]
     for panel in 0..comptime![blueprint.panels()] {
         let place = place(panel, blueprint);
@@ -105,7 +115,8 @@ fn copy_queries(source: u64, starts: &[u32], room: u32, #[comptime] blueprint: B
         let at_once = comptime![rows_at_once(blueprint, panel)];
         #[unroll]
         for pass in 0..comptime![blueprint.shape.rows / at_once] {
-            let start = starts[(place.row + comptime![(pass * at_once) as u32]) as usize];
+            let row = place.row + comptime![starts_at(blueprint) + (pass * at_once) as u32];
+            let start = tiles[row as usize];
             copy_16(
                 room + place.offset
                     + comptime![((panel * blueprint.shape.rows + pass * at_once) * SWIZZLE) as u32],
@@ -137,6 +148,24 @@ fn copy_ahead(
     }
     // An empty group counts too.
     ptx::copies_commit();
+}
+
+/// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for anew with
+/// every tile: registers are what is short.
+#[cube]
+fn positions_of(
+    positions: &[i32],
+    warp_row: u32,
+    #[comptime] block: usize,
+    #[comptime] blueprint: Blueprint,
+) -> Positions {
+    let row = warp_row + comptime![block as u32 * 16] + UNIT_POS % 32u32 / 4u32;
+    Positions {
+        upper: positions[row as usize],
+        lower: positions[(row + 8u32) as usize],
+        first: positions[warp_row as usize],
+        last: positions[(warp_row + comptime![blueprint.warp_rows as u32 - 1]) as usize],
+    }
 }
 
 /// One block's part of what a thread holds of all of a warp's blocks.
@@ -198,9 +227,10 @@ pub(crate) fn attend_kernel<
     if slot >= count {
         terminate!();
     }
-    let tiles = Shared::<[u32]>::new_aligned_slice(comptime![ring_end(blueprint) as usize / 4], 1024usize);
+    let mut tiles =
+        Shared::<[u32]>::new_aligned_slice(comptime![room_bytes(blueprint) as usize / 4], 1024usize);
     let mut row_ids = Shared::<[u32]>::new_slice(comptime![blueprint.shape.rows]);
-    let mut starts = Shared::<[u32]>::new_slice(comptime![blueprint.shape.rows]);
+    let mut positions = Shared::<[i32]>::new_slice(comptime![blueprint.shape.rows]);
     let query_room = shared_address(&tiles);
     let ring = query_room + comptime![blueprint.query_bytes() as u32];
     let tile_bytes = comptime![blueprint.key_bytes() as u32];
@@ -229,13 +259,14 @@ pub(crate) fn attend_kernel<
         let id = row_at(&item, UNIT_POS, rows, &numbers, blueprint);
         let row = id % INVALID_ROW;
         row_ids[UNIT_POS as usize] = id;
-        starts[UNIT_POS as usize] = batch * layout.query.batch
+        positions[UNIT_POS as usize] = position_of(id, &numbers);
+        tiles[(comptime![starts_at(blueprint)] + UNIT_POS) as usize] = batch * layout.query.batch
             + (kv_head * numbers.group + row % numbers.group) * layout.query.head
             + row / numbers.group * layout.query.token;
     }
     sync_cube();
     // The queries join the first tile's group.
-    copy_queries(global_address::<E>(query.as_ptr()), &starts, query_room, blueprint);
+    copy_queries(global_address::<E>(query.as_ptr()), &tiles, query_room, blueprint);
     #[unroll]
     for step in 0..comptime![stages - 1] {
         let room = ring + comptime![step * blueprint.key_bytes() as u32];
@@ -244,31 +275,18 @@ pub(crate) fn attend_kernel<
 
     let lane = UNIT_POS % 32u32;
     let warp_row = UNIT_POS / 32u32 * comptime![blueprint.warp_rows as u32];
-    let first = position_of(row_ids[warp_row as usize], &numbers);
-    let last =
-        position_of(row_ids[(warp_row + comptime![blueprint.warp_rows as u32 - 1]) as usize], &numbers);
     let mut softmaxes = Sequence::<Softmax>::new();
-    let mut positions = Sequence::<Positions>::new();
     #[unroll]
     for block in 0..blocks {
         let row = warp_row + comptime![block as u32 * 16] + lane / 4u32;
-        let upper = row_ids[row as usize];
-        let lower = row_ids[(row + 8u32) as usize];
-        positions.push(Positions {
-            upper: position_of(upper, &numbers),
-            lower: position_of(lower, &numbers),
-            first,
-            last,
-        });
         softmaxes.push(Softmax::new(
-            kv_head * numbers.group + upper % INVALID_ROW % numbers.group,
-            kv_head * numbers.group + lower % INVALID_ROW % numbers.group,
+            kv_head * numbers.group + row_ids[row as usize] % INVALID_ROW % numbers.group,
+            kv_head * numbers.group + row_ids[(row + 8u32) as usize] % INVALID_ROW % numbers.group,
             sink_logits,
             &numbers,
             blueprint,
         ));
     }
-
     let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + ptx::across(lane);
     let key_at = ring + ptx::down(lane);
     let value_at = ring + ptx::across(lane);
@@ -296,7 +314,8 @@ pub(crate) fn attend_kernel<
             let count = comptime![blueprint.shape.keys / 2];
             let part = block_of::<WS, NS>(&scores, block, count);
             let softmax = softmaxes.index_mut(block);
-            let part = fold::<NS>(part, softmax, positions.index(block), tile, &keys, &numbers, blueprint);
+            let at = positions_of(&positions, warp_row, block, blueprint);
+            let part = fold::<NS>(part, softmax, &at, tile, &keys, &numbers, blueprint);
             let packed = pack_weights::<NS, NP>(&part, blueprint);
             #[unroll]
             for i in 0..comptime![count / 2] {
@@ -339,7 +358,7 @@ pub(crate) fn attend_kernel<
             upper_id,
             upper_id % INVALID_ROW / numbers.group,
             kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group,
-            positions.index(block).upper,
+            positions[row as usize],
             row < item.rows,
             batch,
             lse,
@@ -355,7 +374,7 @@ pub(crate) fn attend_kernel<
             lower_id,
             lower_id % INVALID_ROW / numbers.group,
             kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group,
-            positions.index(block).lower,
+            positions[(row + 8u32) as usize],
             row + 8u32 < item.rows,
             batch,
             lse,
@@ -369,9 +388,4 @@ pub(crate) fn attend_kernel<
             &upper, &lower, batch, kv_head, query, key, value, &layout, out, &keys, &numbers, blueprint,
         );
     }
-}
-
-/// Bytes of queries and ring together.
-const fn ring_end(blueprint: Blueprint) -> u32 {
-    blueprint.query_bytes() as u32 + blueprint.stages * blueprint.key_bytes() as u32
 }

@@ -83,7 +83,7 @@ impl Warp {
         let (base, offset) = (self.get(base), offset.parse::<u32>().expect("a number"));
         for (matrix, name) in operands[0].iter().enumerate() {
             let rows: [u32; 8] = std::array::from_fn(|row| base[matrix * 8 + row] + offset);
-            let banks = rows.iter().fold(0, |banks, row| banks | 1u32 << (row / 16 % 8));
+            let banks = rows.iter().fold(0, |banks, row| banks | (1u32 << (row / 16 % 8)));
             assert_eq!(banks, 0xff, "rows share a bank");
             let values: Vec<u32> = (0..LANES)
                 .map(|lane| {
@@ -92,7 +92,7 @@ impl Warp {
                         let (row, column) = if transposed { (column, row) } else { (row, column) };
                         u32::from(self.memory[rows[row] as usize / 2 + column])
                     };
-                    at(0) | at(1) << 16
+                    at(0) | (at(1) << 16)
                 })
                 .collect();
             self.set(name, |lane| values[lane]);
@@ -201,7 +201,7 @@ fn outputs_are_weights_times_values() {
                 let (row, key) = place(lane, i_in_block + j);
                 u32::from(number(4, block * 16 + row, key) as u16)
             };
-            warp.set(&format!("%{}", 2 * outputs + i), |lane| half(lane, 0) | half(lane, 1) << 16);
+            warp.set(&format!("%{}", 2 * outputs + i), |lane| half(lane, 0) | (half(lane, 1) << 16));
         }
         warp.set(&format!("%{}", 2 * outputs + weights), |lane| across(lane as u32));
         warp.run(&values_text(blueprint));
