@@ -103,7 +103,8 @@ fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section
         let fits = |report: &&&Report| !depends_on_window(peer) || report.window == ours.window;
         let measured = beside.iter().filter(fits).flat_map(|report| &report.timings);
         let measured = measured.filter(|other| {
-            cases.contains(&timing.case.as_str()) && other.case == peer && other.length == timing.length
+            let same = other.case == peer && other.length == timing.length;
+            same && cases.contains(&timing.case.as_str()) && same_routes(ours, timing, other)
         });
         // Of several runs the fastest, as a peer would choose.
         measured.map(|other| other.median_ms).min_by(f64::total_cmp)
@@ -139,6 +140,15 @@ fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section
 fn same_shape(a: &Report, b: &Report) -> bool {
     let shape = |report: &Report| [report.batch, report.heads, report.kv_heads, report.head_dim];
     a.device == b.device && a.element == b.element && shape(a) == shape(b)
+}
+
+/// Whether a peer that has routes of its own, which are random, has as many far ones.
+fn same_routes(ours: &Report, timing: &Timing, other: &Timing) -> bool {
+    let random = ours.gates.as_deref() == Some("random");
+    match (timing.far_share, other.far_share) {
+        (Some(share), Some(others)) => random && (share - others).abs() < 0.01,
+        _ => true,
+    }
 }
 
 fn depends_on_window(peer: &str) -> bool {
@@ -261,6 +271,18 @@ pub(crate) mod tests {
         let mut reports = sample();
         reports[1].window = 128;
         assert_eq!(join(&reports).unwrap()[0].peers, ["sdpa_cudnn"]);
+        // Routed peers have to have as many far routes, drawn alike.
+        let mut routed = timing("flex_aha", 32768, 9.0, None);
+        routed.far_share = Some(0.068);
+        let mut reports = sample();
+        reports[1].timings.push(routed);
+        let has = |reports: &[Report]| join(reports).unwrap()[0].peers.contains(&"flex_aha");
+        assert!(has(&reports));
+        reports[0].gates = Some("clustered".into());
+        assert!(!has(&reports));
+        reports[0].gates = Some("random".into());
+        reports[1].timings.last_mut().unwrap().far_share = Some(0.28);
+        assert!(!has(&reports));
         // Of several runs the fastest.
         let mut reports = sample();
         reports.push(reports[1].clone());
