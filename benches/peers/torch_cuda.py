@@ -69,7 +69,7 @@ def flex(length, window, heads, far):
         mask = create_block_mask(near, B=None, H=None, **shape)
     else:
         # Compiled, so that no mask of heads x length x length is made on the way.
-        mask = create_block_mask(routed, B=None, H=heads, **shape, _compile=True)
+        mask = torch.compile(create_block_mask)(routed, B=None, H=heads, **shape)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 

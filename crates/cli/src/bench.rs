@@ -110,6 +110,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         kv_heads: shape.kv_heads(),
         head_dim: shape.head_dim,
         window: options.window,
+        softcap: shape.softcap,
         gates: Some(options.gates.name().into()),
         far_share: Some(options.far_share),
         far_tokens: Some(options.far_tokens),

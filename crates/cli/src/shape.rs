@@ -28,7 +28,7 @@ pub(crate) struct Shape {
     pub(crate) model_dim: usize,
     /// Softcap on the attention scores; none unless given.
     #[arg(long)]
-    softcap: Option<f32>,
+    pub(crate) softcap: Option<f32>,
     /// The routine to run by (wgmma, portable); the fastest that can unless given.
     #[arg(long)]
     routine: Option<Routine>,

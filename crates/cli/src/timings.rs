@@ -17,6 +17,8 @@ pub(crate) struct Report {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) window: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) softcap: Option<f32>,
     /// How routes were drawn.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) gates: Option<String>,

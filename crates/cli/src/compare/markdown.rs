@@ -12,13 +12,14 @@ pub(super) fn tables(sections: &[Section]) -> String {
 fn table(section: &Section) -> String {
     let ours = &section.ours;
     let mut text = format!(
-        "### {}, {} x {} heads ({} kv) x {}, window {}{} ({})\n\n",
+        "### {}, {} x {} heads ({} kv) x {}, window {}{}{} ({})\n\n",
         ours.element,
         ours.batch,
         ours.heads,
         ours.kv_heads,
         ours.head_dim,
         ours.window,
+        ours.softcap.map_or(String::new(), |cap| format!(", softcap {cap}")),
         ours.gates.as_ref().map_or(String::new(), |gates| format!(", {gates} gates")),
         ours.name,
     );

@@ -139,7 +139,8 @@ fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section
 
 fn same_shape(a: &Report, b: &Report) -> bool {
     let shape = |report: &Report| [report.batch, report.heads, report.kv_heads, report.head_dim];
-    a.device == b.device && a.element == b.element && shape(a) == shape(b)
+    let kind = |report: &Report| (report.device.clone(), report.element.clone(), report.softcap);
+    kind(a) == kind(b) && shape(a) == shape(b)
 }
 
 /// Whether a peer that has routes of its own, which are random, has as many far ones.
@@ -212,6 +213,7 @@ pub(crate) mod tests {
             kv_heads: 16,
             head_dim: 128,
             window: 256,
+            softcap: None,
             gates: library.is_none().then(|| "random".into()),
             far_share: None,
             far_tokens: None,
@@ -267,6 +269,9 @@ pub(crate) mod tests {
     fn other_shapes_and_windows_stand_beside_nothing() {
         let mut reports = sample();
         reports[1].kv_heads = 4;
+        assert!(join(&reports).unwrap()[0].peers.is_empty());
+        let mut reports = sample();
+        reports[0].softcap = Some(50.0);
         assert!(join(&reports).unwrap()[0].peers.is_empty());
         let mut reports = sample();
         reports[1].window = 128;
