@@ -98,7 +98,10 @@ fn join(reports: &[Report]) -> Result<Vec<Section>> {
 
 fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section {
     let beside: Vec<&Report> = peers.iter().copied().filter(|peer| same_shape(ours, peer)).collect();
-    let timings: Vec<Timing> = ours.timings.iter().cloned().chain(with_router(&ours.timings)).collect();
+    let mut timings: Vec<Timing> = ours.timings.iter().cloned().chain(with_router(&ours.timings)).collect();
+    // Case by case, in the order in which cases first come.
+    let order: Vec<String> = timings.iter().map(|timing| timing.case.clone()).collect();
+    timings.sort_by_key(|timing| (order.iter().position(|case| *case == timing.case), timing.length));
     let ms = |timing: &Timing, peer: &str, cases: &[&str]| {
         let fits = |report: &&&Report| !depends_on_window(peer) || report.window == ours.window;
         let measured = beside.iter().filter(fits).flat_map(|report| &report.timings);

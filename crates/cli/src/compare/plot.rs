@@ -33,10 +33,13 @@ struct Series {
 }
 
 /// Dense rates over length; speed-ups over the fastest dense attention, over length and over the share of far routes.
-/// A panel whose lines would all be points is left out.
+/// A line of one point is left out, and so is a panel without lines.
 pub(super) fn svg(reports: &[Report], sections: &[Section]) -> Result<String> {
     let mut panels = vec![rates(reports), speed_ups(sections), over_share(sections)];
-    panels.retain(|panel| panel.series.iter().any(|series| series.points.len() > 1));
+    for panel in &mut panels {
+        panel.series.retain(|series| series.points.len() > 1);
+    }
+    panels.retain(|panel| !panel.series.is_empty());
     if panels.is_empty() {
         bail!("nothing to draw a line through: the files have one length and one share");
     }
@@ -46,7 +49,10 @@ pub(super) fn svg(reports: &[Report], sections: &[Section]) -> Result<String> {
         let area = SVGBackend::with_string(&mut svg, size).into_drawing_area();
         let parts = area.split_evenly((1, panels.len()));
         let drawn = panels.iter().zip(&parts).try_for_each(|(panel, part)| draw(panel, part));
-        drawn.map_err(|error| anyhow!("cannot draw the comparison: {error}"))?;
+        // Once for all of them: it ends the document.
+        drawn
+            .and_then(|()| Ok(area.present()?))
+            .map_err(|error| anyhow!("cannot draw the comparison: {error}"))?;
     }
     Ok(svg)
 }
@@ -145,6 +151,8 @@ fn draw(
     let mut chart = ChartBuilder::on(area)
         .caption(&panel.title, ("sans-serif", 14))
         .margin(10)
+        // The last number on the axis reaches beyond it.
+        .margin_right(24)
         .x_label_area_size(36)
         .y_label_area_size(48)
         .build_cartesian_2d(left..right.max(left + 1.0), 0.0..top)?;
@@ -157,6 +165,7 @@ fn draw(
         .configure_mesh()
         .x_labels(ticks.max(2))
         .x_label_formatter(&tokens)
+        .y_label_formatter(&|y| format!("{y}"))
         .x_desc(panel.x_title)
         .y_desc(panel.y_title)
         .light_line_style(WHITE)
@@ -175,7 +184,6 @@ fn draw(
         .background_style(WHITE.mix(0.8))
         .border_style(RGBColor(200, 200, 200))
         .draw()?;
-    area.present()?;
     Ok(())
 }
 
@@ -191,6 +199,7 @@ mod tests {
         for text in ["dense causal attention", "bifocal, 16 heads x 128", "sdpa_cudnn, 16 heads x 128"] {
             assert!(svg.contains(text), "{text}");
         }
+        assert_eq!(svg.matches("</svg>").count(), 1, "one document");
         // One share at each length: no line over shares.
         assert!(!svg.contains("over the share"));
         let mut more = sample();
