@@ -111,14 +111,14 @@ fn share_asked(section: &Section, case: &str) -> String {
 
 fn over_share(sections: &[Section]) -> Panel {
     let mut series = Vec::new();
-    for section in sections {
+    for section in sections.iter().filter(|section| section.ours.gates.as_deref() == Some("random")) {
         for row in section.rows.iter().filter(|row| row.case != "l2a") {
             let (Some(share), Some(times)) = (row.far_share, speed_up(section, row)) else { continue };
             let label = format!("{}, {} tokens, {}", row.case, row.length, heads(&section.ours));
             add(&mut series, label, vec![(share * 100.0, times)]);
         }
     }
-    let title = "the same over the share of token-heads that look far".into();
+    let title = "the same over the share of token-heads that look far, at random".into();
     Panel { title, x_title: "far, %", y_title: "speed-up", log_x: false, series }
 }
 
