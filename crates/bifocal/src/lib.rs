@@ -30,11 +30,13 @@
 //! ```
 
 mod aha;
+mod cache;
 mod l2a;
 mod multi_window;
 mod select;
 
 pub use aha::Aha;
+pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use multi_window::MultiWindow;
 pub use select::{attend_selected, plan};
