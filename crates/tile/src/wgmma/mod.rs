@@ -56,7 +56,8 @@ fn blueprint(
     };
     let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
     let softcap = problem.softcap.is_some();
-    Some(Blueprint { visibility, routed, softcap, sink_logits, out_f32, shape, stages, query_stages })
+    let ragged = false;
+    Some(Blueprint { visibility, routed, ragged, softcap, sink_logits, out_f32, shape, stages, query_stages })
 }
 
 /// Whether this routine can run `problem` on a device with this profile; if not, why.
@@ -123,6 +124,7 @@ pub(crate) fn launch(
     let out_f32 = partial.out.element() == Element::F32;
     let sink_logits = inputs.sink_logits.is_some();
     let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
+    let blueprint = Blueprint { ragged: work.sequences.is_some(), ..blueprint };
     let lists = problem.batch * problem.kv_heads;
     // Softmax in powers of two: exp(x) = 2^(x log2 e).
     let exponent_scale = problem.softcap.unwrap_or(problem.scale) * std::f32::consts::LOG2_E;
@@ -167,6 +169,7 @@ pub(crate) fn launch(
             words(work.items),
             words(work.item_counts),
             words(&counter),
+            words(work.sequences.unwrap_or(work.items)),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),
@@ -229,27 +232,33 @@ unsafe fn tensor_map(
 /// # Errors
 /// What CubeCL's compiler has to say.
 pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
-    use Visibility::{All, Far, SinksAndWindow, Window};
+    use Visibility::{All, Far, NonCausal, SinksAndWindow, Window};
 
-    let at = |head_dim: usize, element: Element, visibility: Visibility, routed: bool| {
+    let at = |head_dim: usize, element: Element, visibility: Visibility, routed: bool, ragged: bool| {
         let shape = [1, 1, 128, head_dim];
         let problem = Problem::new(shape, shape, element).ok()?;
-        blueprint(&problem, visibility, routed, false, false)
+        Some(Blueprint { ragged, ..blueprint(&problem, visibility, routed, false, false)? })
     };
     let mut blueprints = Vec::new();
     for head_dim in [64, 96, 128, 256] {
         for (visibility, routed) in [(All, false), (All, true), (Window, false), (Window, true)] {
-            blueprints.extend(at(head_dim, Element::Bf16, visibility, routed));
+            blueprints.extend(at(head_dim, Element::Bf16, visibility, routed, false));
         }
+        blueprints.extend(at(head_dim, Element::Bf16, All, false, true));
     }
     for (element, visibility) in [(Element::F16, All), (Element::Bf16, SinksAndWindow), (Element::Bf16, Far)]
     {
-        blueprints.extend(at(128, element, visibility, true));
+        blueprints.extend(at(128, element, visibility, true, false));
+    }
+    blueprints.extend(at(128, Element::Bf16, NonCausal, false, false));
+    for visibility in [All, Window, SinksAndWindow, Far, NonCausal] {
+        blueprints.extend(at(128, Element::Bf16, visibility, true, true));
     }
     let named = blueprints.into_iter().map(|blueprint| {
         let Shape { operand, dim, .. } = blueprint.shape;
         let routed = if blueprint.routed { "-routed" } else { "" };
-        let name = format!("attend-{:?}-{}-{dim}{routed}", blueprint.visibility, operand.name());
+        let ragged = if blueprint.ragged { "-ragged" } else { "" };
+        let name = format!("attend-{:?}-{}-{dim}{routed}{ragged}", blueprint.visibility, operand.name());
         (name.to_lowercase(), blueprint)
     });
     named

@@ -14,7 +14,7 @@ use crate::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{Row, finish, redo},
         gather::{RowIds, gather},
-        items::{Item, Keys, item_of, keys_of, position_of},
+        items::{Item, Keys, bounds_at, item_of, keys_of},
         ptx::global_address,
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -38,6 +38,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     rows: &[u32],
     items: &[u32],
     counter: &[Atomic<u32>],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     count: u32,
@@ -75,10 +76,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut tickets = Tickets::new();
     let mut slot = CUBE_POS as u32;
     let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
-    let ids = RowIds::of(&item, rows, numbers, blueprint);
-    let mut now = stretch(&item, keys_of(ids.first, ids.last, numbers, blueprint), numbers);
+    let ids = RowIds::of(&item, rows, sequences, numbers, blueprint);
+    let mut now = stretch(&item, keys_of(&ids, sequences, numbers, blueprint), numbers);
     if slot < count {
-        gather(&item, ids.mine, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
+        gather(&item, &ids, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
@@ -128,17 +129,18 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
         let base = ids + warpgroup * WARPGROUP_ROWS;
+        let end = base + WARPGROUP_ROWS - 1u32;
         let first_id = row_ids[base as usize];
-        let last_id = row_ids[(base + WARPGROUP_ROWS - 1u32) as usize];
+        let last_id = row_ids[end as usize];
         let upper_token = upper_id % INVALID_ROW / numbers.group;
         let lower_token = lower_id % INVALID_ROW / numbers.group;
         let upper_head = kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group;
         let lower_head = kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group;
         let at = Positions {
-            upper: upper_token as i32 + numbers.first_position,
-            lower: lower_token as i32 + numbers.first_position,
-            first: position_of(first_id, numbers),
-            last: position_of(last_id, numbers),
+            upper: bounds_at(ids + tile_row, upper_id, &*row_ids, sequences, numbers, blueprint),
+            lower: bounds_at(ids + tile_row + 8u32, lower_id, &*row_ids, sequences, numbers, blueprint),
+            first: bounds_at(base, first_id, &*row_ids, sequences, numbers, blueprint),
+            last: bounds_at(end, last_id, &*row_ids, sequences, numbers, blueprint),
         };
 
         let mut softmax =
@@ -173,15 +175,15 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if lane == 0u32 {
                 ptx::arrive(room.key_empty + stage * 8u32);
             }
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
+            let ids = RowIds::of(&next_item, rows, sequences, numbers, blueprint);
             let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
             if slot < count {
-                next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+                next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
                 if comptime![blueprint.query_stages > 1] {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -293,7 +295,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 if slot < count {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -321,11 +323,11 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
         } else if slot < count {
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
-            next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+            let ids = RowIds::of(&next_item, rows, sequences, numbers, blueprint);
+            next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
             gather(
                 &next_item,
-                ids.mine,
+                &ids,
                 source,
                 row_ids,
                 next_buffer,
@@ -372,7 +374,6 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             upper_id,
             upper_token,
             upper_head,
-            at.upper,
             tile_row < item.rows,
             batch,
             lse,
@@ -388,7 +389,6 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             lower_id,
             lower_token,
             lower_head,
-            at.lower,
             tile_row + 8u32 < item.rows,
             batch,
             lse,
@@ -402,7 +402,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             for r in 0..16u32 {
                 let from = (r % 8u32) * 4u32;
                 let row = Row {
-                    position: plane_shuffle(select(r < 8u32, upper.position, lower.position), from),
+                    token: plane_shuffle(select(r < 8u32, upper.token, lower.token), from),
                     head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
                     offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
                     exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
@@ -411,7 +411,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 };
                 if row.odd > 0u32 {
                     redo::<E, O>(
-                        &row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
+                        &row, batch, kv_head, query, key, value, sequences, layout, out, &now.keys, numbers,
+                        blueprint,
                     );
                 }
             }
