@@ -31,6 +31,7 @@ pub(crate) const PROPERTIES: &[Property] = &[
     Property {
         name: "non_causal_equals_the_oracle",
         claim: "without a causal mask every query sees every key, whatever the two lengths",
+        applies: everywhere,
         run: non_causal_equals_the_oracle,
     },
     Property {
