@@ -1,6 +1,6 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Inputs, Partial, Rows},
+    device::{Inputs, Partial, Rows, Sequences},
 };
 use cubecl::{client::Client, server::Handle};
 
@@ -33,6 +33,8 @@ pub(crate) struct Work<'a> {
     pub(crate) visibility: Visibility,
     pub(crate) window: i32,
     pub(crate) sinks: i32,
+    /// The bounds of every query token, where the batch is ragged.
+    pub(crate) sequences: Option<&'a Handle>,
     pub(crate) routed: bool,
     pub(crate) rows: &'a Handle,
     pub(crate) items: &'a Handle,
@@ -55,6 +57,7 @@ impl<'a> Work<'a> {
             .ok_or_else(|| Error::option("reach", reach, "a reach that this engine knows"))?;
         let lists = problem.batch * problem.kv_heads;
         let unused = inputs.query.handle();
+        let sequences = inputs.sequences.map(Sequences::bounds);
         let work = match rows {
             Rows::All => {
                 let item_rows = match routine {
@@ -65,6 +68,7 @@ impl<'a> Work<'a> {
                     visibility,
                     window,
                     sinks,
+                    sequences,
                     routed: false,
                     rows: unused,
                     items: unused,
@@ -88,6 +92,7 @@ impl<'a> Work<'a> {
                     visibility,
                     window,
                     sinks,
+                    sequences,
                     routed: true,
                     rows: routed.rows,
                     items: routed.items,

@@ -19,10 +19,11 @@ use crate::{
         Blueprint, Layout, Numbers, PANEL, SWIZZLE,
         finish::{finish, redo_odd},
         gather::swizzled,
-        items::{Keys, item_of, keys_of, position_of, row_at, tile_start},
+        items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
         ptx::{copy_16, global_address, shared_address},
         softmax::{Positions, Softmax, fold, pack_weights},
     },
+    visibility::Bounds,
 };
 
 /// Keys or values of an item's list.
@@ -154,18 +155,29 @@ fn copy_ahead(
 /// every tile: registers are what is short.
 #[cube]
 fn positions_of(
-    positions: &[i32],
+    bounds: &[i32],
     warp_row: u32,
     #[comptime] block: usize,
     #[comptime] blueprint: Blueprint,
 ) -> Positions {
     let row = warp_row + comptime![block as u32 * 16] + UNIT_POS % 32u32 / 4u32;
+    let last = warp_row + comptime![blueprint.warp_rows as u32 - 1];
     Positions {
-        upper: positions[row as usize],
-        lower: positions[(row + 8u32) as usize],
-        first: positions[warp_row as usize],
-        last: positions[(warp_row + comptime![blueprint.warp_rows as u32 - 1]) as usize],
+        upper: bounds_at(bounds, row, blueprint),
+        lower: bounds_at(bounds, row + 8u32, blueprint),
+        first: bounds_at(bounds, warp_row, blueprint),
+        last: bounds_at(bounds, last, blueprint),
     }
+}
+
+/// The bounds of a row of the item. The first key is kept where it is not 0 for all: in a ragged batch.
+#[cube]
+fn bounds_at(bounds: &[i32], row: u32, #[comptime] blueprint: Blueprint) -> Bounds {
+    let mut first = 0i32;
+    if comptime![blueprint.ragged] {
+        first = bounds[(row + comptime![blueprint.shape.rows as u32]) as usize];
+    }
+    Bounds { first, position: bounds[row as usize] }
 }
 
 /// One block's part of what a thread holds of all of a warp's blocks.
@@ -203,6 +215,7 @@ pub(crate) fn attend_kernel<
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     query_strides: Strides,
@@ -230,7 +243,8 @@ pub(crate) fn attend_kernel<
     let mut tiles =
         Shared::<[u32]>::new_aligned_slice(comptime![room_bytes(blueprint) as usize / 4], 1024usize);
     let mut row_ids = Shared::<[u32]>::new_slice(comptime![blueprint.shape.rows]);
-    let mut positions = Shared::<[i32]>::new_slice(comptime![blueprint.shape.rows]);
+    let kinds = comptime![if blueprint.ragged { 2 } else { 1 }];
+    let mut bounds = Shared::<[i32]>::new_slice(comptime![kinds * blueprint.shape.rows]);
     let query_room = shared_address(&tiles);
     let ring = query_room + comptime![blueprint.query_bytes() as u32];
     let tile_bytes = comptime![blueprint.key_bytes() as u32];
@@ -242,7 +256,9 @@ pub(crate) fn attend_kernel<
     let item = item_of(slot, items, &numbers, blueprint);
     let first = row_at(&item, 0u32, rows, &numbers, blueprint);
     let last = row_at(&item, item.rows, rows, &numbers, blueprint);
-    let keys = keys_of(first, last, &numbers, blueprint);
+    let first = bounds_of_row(first, sequences, &numbers, blueprint);
+    let last = bounds_of_row(last, sequences, &numbers, blueprint);
+    let keys = keys_between(&first, &last, &numbers, blueprint);
     let batch = item.list / numbers.kv_heads;
     let kv_head = item.list % numbers.kv_heads;
     let key_start = batch * layout.key.batch + kv_head * layout.key.head;
@@ -259,7 +275,11 @@ pub(crate) fn attend_kernel<
         let id = row_at(&item, UNIT_POS, rows, &numbers, blueprint);
         let row = id % INVALID_ROW;
         row_ids[UNIT_POS as usize] = id;
-        positions[UNIT_POS as usize] = position_of(id, &numbers);
+        let of_row = bounds_of_row(id, sequences, &numbers, blueprint);
+        bounds[UNIT_POS as usize] = of_row.position;
+        if comptime![blueprint.ragged] {
+            bounds[(UNIT_POS + comptime![blueprint.shape.rows as u32]) as usize] = of_row.first;
+        }
         tiles[(comptime![starts_at(blueprint)] + UNIT_POS) as usize] = batch * layout.query.batch
             + (kv_head * numbers.group + row % numbers.group) * layout.query.head
             + row / numbers.group * layout.query.token;
@@ -314,7 +334,7 @@ pub(crate) fn attend_kernel<
             let count = comptime![blueprint.shape.keys / 2];
             let part = block_of::<WS, NS>(&scores, block, count);
             let softmax = softmaxes.index_mut(block);
-            let at = positions_of(&positions, warp_row, block, blueprint);
+            let at = positions_of(&bounds, warp_row, block, blueprint);
             let part = fold::<NS>(part, softmax, &at, tile, &keys, &numbers, blueprint);
             let packed = pack_weights::<NS, NP>(&part, blueprint);
             #[unroll]
@@ -358,7 +378,6 @@ pub(crate) fn attend_kernel<
             upper_id,
             upper_id % INVALID_ROW / numbers.group,
             kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group,
-            positions[row as usize],
             row < item.rows,
             batch,
             lse,
@@ -374,7 +393,6 @@ pub(crate) fn attend_kernel<
             lower_id,
             lower_id % INVALID_ROW / numbers.group,
             kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group,
-            positions[(row + 8u32) as usize],
             row + 8u32 < item.rows,
             batch,
             lse,
@@ -385,7 +403,7 @@ pub(crate) fn attend_kernel<
             blueprint,
         );
         redo_odd::<E, O>(
-            &upper, &lower, batch, kv_head, query, key, value, &layout, out, &keys, &numbers, blueprint,
+            &upper, &lower, batch, kv_head, query, key, value, sequences, &layout, out, &keys, &numbers, blueprint,
         );
     }
 }

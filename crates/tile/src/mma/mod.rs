@@ -51,6 +51,7 @@ fn blueprint(
     Some(Blueprint {
         visibility,
         routed,
+        ragged: false,
         softcap,
         sink_logits,
         out_f32,
@@ -95,6 +96,7 @@ pub(crate) fn launch(
     let out_f32 = partial.out.element() == Element::F32;
     let sink_logits = inputs.sink_logits.is_some();
     let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
+    let blueprint = Blueprint { ragged: work.sequences.is_some(), ..blueprint };
     let [scores, weights, outputs, warp_scores, warp_weights, warp_outputs] = sizes(blueprint);
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape and cut into items of `ITEM_ROWS`.
@@ -113,6 +115,7 @@ pub(crate) fn launch(
             words(work.rows),
             words(work.items),
             words(work.item_counts),
+            words(work.sequences.unwrap_or(work.items)),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),
@@ -133,11 +136,16 @@ pub(crate) fn launch(
     Some(())
 }
 
-/// The CUDA C++ of every kernel that [`samples`] asks for, with its name and architecture.
+/// The CUDA C++ of every kernel that [`samples`] asks for, with its name and architecture. Hopper has a routine of its own:
+/// for it the plain routed kernels will do.
 pub(crate) fn sources() -> impl Iterator<Item = (String, impl FnOnce() -> Result<String, String>)> {
     [Gpu::A100, Gpu::H100].into_iter().flat_map(|gpu| {
         samples().filter_map(move |sample| {
+            if gpu == Gpu::H100 && (sample.ragged || !sample.routed) {
+                return None;
+            }
             let blueprint = blueprint(&sample.problem, sample.visibility, sample.routed, false, false)?;
+            let blueprint = Blueprint { ragged: sample.ragged, ..blueprint };
             Some((format!("mma-{}.{}", sample.name(), gpu.arch()), move || source::source(blueprint, gpu)))
         })
     })

@@ -30,6 +30,7 @@ pub(super) fn source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
         buffer(),
         buffer(),
         buffer(),
+        buffer(),
         strides([1; 4]),
         strides([1; 4]),
         strides([1; 4]),

@@ -65,6 +65,8 @@ pub(crate) struct Blueprint {
     pub(crate) visibility: Visibility,
     /// Rows come from a dispatch plan rather than from counting.
     pub(crate) routed: bool,
+    /// Rows belong to sequences that are packed one after the other.
+    pub(crate) ragged: bool,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: bool,
     pub(crate) out_f32: bool,
@@ -116,6 +118,16 @@ impl Blueprint {
 
     /// Whether items can be cut into parts, each with some of the keys. Rows of a window see too few for it.
     pub(crate) const fn in_parts(self) -> bool {
-        matches!(self.visibility, Visibility::All | Visibility::Far)
+        matches!(self.visibility, Visibility::All | Visibility::NonCausal | Visibility::Far)
+    }
+
+    /// Rows whose queries are in shared memory.
+    pub(crate) const fn staged_rows(self) -> usize {
+        self.query_stages as usize * self.shape.rows
+    }
+
+    /// Words that are kept of those rows: their ids, and in a ragged batch their two bounds.
+    pub(crate) const fn row_words(self) -> usize {
+        if self.ragged { 3 * self.staged_rows() } else { self.staged_rows() }
     }
 }

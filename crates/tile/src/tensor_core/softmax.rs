@@ -7,6 +7,7 @@ use super::{
     items::{Keys, needs_mask, sees, tile_start},
     ptx,
 };
+use crate::visibility::Bounds;
 
 /// Independent maxima and sums per row and thread.
 const CHAINS: usize = 4;
@@ -15,10 +16,10 @@ const CHAINS: usize = 4;
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Positions {
-    pub(crate) upper: i32,
-    pub(crate) lower: i32,
-    pub(crate) first: i32,
-    pub(crate) last: i32,
+    pub(crate) upper: Bounds,
+    pub(crate) lower: Bounds,
+    pub(crate) first: Bounds,
+    pub(crate) last: Bounds,
 }
 
 /// The running state of the online softmax of a thread's two rows.
@@ -103,15 +104,15 @@ pub(crate) fn fold<NS: Size>(
     }
     let start = tile_start(keys, tile, blueprint);
     let sinks = tile < keys.sink_tiles;
-    if needs_mask(at.first, at.last, start, sinks, keys, numbers, blueprint) {
+    if needs_mask(&at.first, &at.last, start, sinks, keys, numbers, blueprint) {
         let first = start + ((UNIT_POS % 4u32) * 2u32) as i32;
         #[unroll]
         for i in 0..count {
             let key = first + comptime![((i / 4) * 8 + i % 2) as i32];
             let seen = if comptime![(i / 2) % 2 == 0] {
-                sees(at.upper, key, sinks, keys, numbers, blueprint)
+                sees(&at.upper, key, sinks, keys, numbers, blueprint)
             } else {
-                sees(at.lower, key, sinks, keys, numbers, blueprint)
+                sees(&at.lower, key, sinks, keys, numbers, blueprint)
             };
             let score = select(seen, scores.extract(i), numbers.neg_inf);
             scores.insert(i, score);

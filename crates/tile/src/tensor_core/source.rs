@@ -32,29 +32,42 @@ pub(crate) struct Sample {
     pub(crate) problem: Problem,
     pub(crate) visibility: Visibility,
     pub(crate) routed: bool,
+    pub(crate) ragged: bool,
 }
 
 impl Sample {
     pub(crate) fn name(&self) -> String {
         let Problem { element, head_dim, .. } = self.problem;
         let routed = if self.routed { "-routed" } else { "" };
-        format!("{:?}-{element}-{head_dim}{routed}", self.visibility).to_lowercase()
+        let ragged = if self.ragged { "-ragged" } else { "" };
+        format!("{:?}-{element}-{head_dim}{routed}{ragged}", self.visibility).to_lowercase()
     }
 }
 
+/// One kernel for every shape of tile and every visibility; softcap, sink logits and f32 outputs change little.
 pub(crate) fn samples() -> impl Iterator<Item = Sample> {
-    use Visibility::{All, Far, SinksAndWindow, Window};
+    use Visibility::{All, Far, NonCausal, SinksAndWindow, Window};
 
     let by_dim = [64, 96, 128, 256].into_iter().flat_map(|head_dim| {
-        let cases = [(All, false), (All, true), (Window, false), (Window, true)];
-        cases.map(|(visibility, routed)| (Element::Bf16, head_dim, visibility, routed))
+        let cases = [
+            (All, false, false),
+            (All, true, false),
+            (Window, false, false),
+            (Window, true, false),
+            (All, false, true),
+        ];
+        cases.map(|(visibility, routed, ragged)| (Element::Bf16, head_dim, visibility, routed, ragged))
     });
     let others = [(Element::F16, All), (Element::Bf16, SinksAndWindow), (Element::Bf16, Far)];
-    let others = others.map(|(element, visibility)| (element, 128, visibility, true));
-    by_dim.chain(others).filter_map(|(element, head_dim, visibility, routed)| {
+    let others = others.map(|(element, visibility)| (element, 128, visibility, true, false));
+    let non_causal = [(Element::Bf16, 128, NonCausal, false, false)];
+    let ragged = [All, Window, SinksAndWindow, Far, NonCausal];
+    let ragged = ragged.map(|visibility| (Element::Bf16, 128, visibility, true, true));
+    let all = by_dim.chain(others).chain(non_causal).chain(ragged);
+    all.filter_map(|(element, head_dim, visibility, routed, ragged)| {
         let shape = [1, 1, 128, head_dim];
         let problem = Problem::new(shape, shape, element).ok()?;
-        Some(Sample { problem, visibility, routed })
+        Some(Sample { problem, visibility, routed, ragged })
     })
 }
 

@@ -49,6 +49,7 @@ fn blueprint(
     Some(Blueprint {
         visibility,
         routed,
+        ragged: false,
         softcap,
         sink_logits,
         out_f32,
@@ -87,6 +88,7 @@ pub(crate) fn launch(
     let out_f32 = partial.out.element() == Element::F32;
     let sink_logits = inputs.sink_logits.is_some();
     let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
+    let blueprint = Blueprint { ragged: work.sequences.is_some(), ..blueprint };
     let numbers = numbers(problem, work);
     let threads = blueprint.warpgroups() * 128;
     // Where there are fewer items than this, they are cut into parts.
@@ -123,6 +125,7 @@ pub(crate) fn launch(
             words(work.item_counts),
             words(&counters),
             words(&parked),
+            words(work.sequences.unwrap_or(work.items)),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),
@@ -177,6 +180,7 @@ unsafe fn tensor_map(
 pub(crate) fn sources() -> impl Iterator<Item = (String, impl FnOnce() -> Result<String, String>)> {
     samples().filter_map(|sample| {
         let blueprint = blueprint(&sample.problem, sample.visibility, sample.routed, false, false)?;
+        let blueprint = Blueprint { ragged: sample.ragged, ..blueprint };
         Some((format!("attend-{}.{}", sample.name(), Gpu::H100.arch()), move || source::source(blueprint)))
     })
 }

@@ -46,6 +46,7 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
         buffer(),
         buffer(),
         buffer(),
+        buffer(),
         strides([1; 4]),
         strides([1; 4]),
         strides([1; 4]),

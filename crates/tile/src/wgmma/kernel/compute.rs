@@ -15,7 +15,7 @@ use crate::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{finish, redo_odd},
         gather::{RowIds, gather},
-        items::{Item, Keys, item_of, keys_of, position_of},
+        items::{Item, Keys, bounds_at, item_of, keys_between, keys_of},
         ptx::global_address,
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -40,6 +40,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     items: &[u32],
     counters: &[Atomic<u32>],
     parked: &mut [f32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     count: u32,
@@ -80,11 +81,11 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let slots = count * parts;
     let mut slot = CUBE_POS as u32;
     let mut item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
-    let ids = RowIds::of(&item, rows, numbers, blueprint);
-    let mut now = stretch(&item, keys_of(ids.first, ids.last, numbers, blueprint), numbers);
+    let ids = RowIds::of(&item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
+    let mut now = stretch(&item, keys_of(&ids, sequences, numbers, blueprint), numbers);
     now.keys.keep_part(slot % parts, parts, blueprint);
     if slot < slots {
-        gather(&item, ids.mine, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
+        gather(&item, &ids, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
@@ -135,17 +136,18 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
         let base = ids + warpgroup * WARPGROUP_ROWS;
+        let end = base + WARPGROUP_ROWS - 1u32;
         let first_id = row_ids[base as usize];
-        let last_id = row_ids[(base + WARPGROUP_ROWS - 1u32) as usize];
+        let last_id = row_ids[end as usize];
         let upper_token = upper_id % INVALID_ROW / numbers.group;
         let lower_token = lower_id % INVALID_ROW / numbers.group;
         let upper_head = kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group;
         let lower_head = kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group;
         let at = Positions {
-            upper: upper_token as i32 + numbers.first_position,
-            lower: lower_token as i32 + numbers.first_position,
-            first: position_of(first_id, numbers),
-            last: position_of(last_id, numbers),
+            upper: bounds_at(ids + tile_row, upper_id, &*row_ids, sequences, numbers, blueprint),
+            lower: bounds_at(ids + tile_row + 8u32, lower_id, &*row_ids, sequences, numbers, blueprint),
+            first: bounds_at(base, first_id, &*row_ids, sequences, numbers, blueprint),
+            last: bounds_at(end, last_id, &*row_ids, sequences, numbers, blueprint),
         };
 
         let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
@@ -173,16 +175,16 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if lane == 0u32 {
                 ptx::arrive(room.key_empty + stage * 8u32);
             }
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
+            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
             let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
             if slot < slots {
-                next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+                next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
                 next.keys.keep_part(slot % parts, parts, blueprint);
                 if comptime![blueprint.query_stages > 1] {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -294,7 +296,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 if slot < slots {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -322,12 +324,12 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
         } else if slot < slots {
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
-            next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
+            next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
             next.keys.keep_part(slot % parts, parts, blueprint);
             gather(
                 &next_item,
-                ids.mine,
+                &ids,
                 source,
                 row_ids,
                 next_buffer,
@@ -392,14 +394,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         }
         if whole {
             // Of all parts.
-            let keys = keys_of(first_id, last_id, numbers, blueprint);
+            let keys = keys_between(&at.first, &at.last, numbers, blueprint);
             let upper = finish::<NO>(
                 &acc,
                 &softmax,
                 upper_id,
                 upper_token,
                 upper_head,
-                at.upper,
                 tile_row < item.rows,
                 batch,
                 lse,
@@ -415,7 +416,6 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 lower_id,
                 lower_token,
                 lower_head,
-                at.lower,
                 tile_row + 8u32 < item.rows,
                 batch,
                 lse,
@@ -426,7 +426,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
             redo_odd::<E, O>(
-                &upper, &lower, batch, kv_head, query, key, value, layout, out, &keys, numbers, blueprint,
+                &upper, &lower, batch, kv_head, query, key, value, sequences, layout, out, &keys, numbers, blueprint,
             );
         }
         item.set(&next_item);

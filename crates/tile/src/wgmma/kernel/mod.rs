@@ -75,6 +75,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     item_counts: &[u32],
     counters: &[Atomic<u32>],
     parked: &mut [f32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     query_strides: Strides,
@@ -100,8 +101,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let tiles = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.tile_bytes() / 4], 1024usize);
     let barriers = Shared::<[u32]>::new_aligned_slice(comptime![barrier_bytes(blueprint) / 4], 16usize);
     let mut cells = Shared::<[u32]>::new_slice(comptime![CELLS as usize]);
-    let mut row_ids =
-        Shared::<[u32]>::new_slice(comptime![blueprint.query_stages as usize * blueprint.shape.rows]);
+    let mut row_ids = Shared::<[u32]>::new_slice(comptime![blueprint.row_words()]);
 
     let stages = comptime![blueprint.stages];
     let tile = shared_address(&tiles);
@@ -149,6 +149,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         items,
         counters,
         parked,
+        sequences,
         out,
         lse,
         count,
