@@ -2,8 +2,8 @@
 //! ([`Reach`](bifocal_core::Reach)) and by how rows are found (all of them, or those of a dispatch plan).
 //!
 //! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`]. A routine is a folder: its blueprint says
-//! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the routines on
-//! tensor cores share is in `tensor_core`.
+//! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the
+//! routines on tensor cores share is in `tensor_core`.
 
 mod engine;
 mod mma;

@@ -75,8 +75,8 @@ fn place(#[comptime] panel: usize, #[comptime] blueprint: Blueprint) -> Place {
     Place { row, column, offset: row * comptime![SWIZZLE as u32] + swizzled(row, column) }
 }
 
-/// Starts the copy of a tile of keys or values to `room`. Those beyond the last are zeros: no row sees them, but 0 x NaN is
-/// NaN.
+/// Starts the copy of a tile of keys or values to `room`. Those beyond the last are zeros: no row sees them, but 0 x
+/// NaN is NaN.
 #[cube]
 fn copy_tile(
     source: &Source,
@@ -151,8 +151,8 @@ fn copy_ahead(
     ptx::copies_commit();
 }
 
-/// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for anew with
-/// every tile: registers are what is short.
+/// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for
+/// anew with every tile: registers are what is short.
 #[cube]
 fn positions_of(
     bounds: &[i32],
@@ -195,8 +195,8 @@ fn block_of<NW: Size, NB: Size>(
     part
 }
 
-/// One item per cube; cubes beyond the last item leave at once. `NS`, `NP` and `NO` count a thread's scores, packed weights
-/// and outputs of 16 rows, `WS`, `WP` and `WO` those of all rows of its warp.
+/// One item per cube; cubes beyond the last item leave at once. `NS`, `NP` and `NO` count a thread's scores, packed
+/// weights and outputs of 16 rows, `WS`, `WP` and `WO` those of all rows of its warp.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn attend_kernel<
     E: Float,

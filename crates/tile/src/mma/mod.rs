@@ -37,8 +37,8 @@ fn blueprint(
     out_f32: bool,
 ) -> Option<Blueprint> {
     let operand = Operand::of(problem.element)?;
-    // Keys and values are read from shared memory once per warp: the more rows it has the better, but outputs and scores
-    // share a thread's 255 registers. Two cubes share the 164 KiB of an A100's multiprocessor.
+    // Keys and values are read from shared memory once per warp: the more rows it has the better, but outputs and
+    // scores share a thread's 255 registers. Two cubes share the 164 KiB of an A100's multiprocessor.
     let (keys, warp_rows, stages): (usize, usize, u32) = match problem.head_dim {
         64 => (64, 32, 4),
         96 | 128 => (64, 32, 3),

@@ -1,9 +1,9 @@
 //! The products of a warp as functions: fragments by `ldmatrix`, products by `mma.sync`. Sources: the PTX ISA, sections
 //! "ldmatrix" and "Matrix Fragments for mma.m16n8k16 with floating point type".
 //!
-//! Tiles lie in shared memory as panels of 64 columns in the 128-byte swizzle. A thread passes the address of the row that it
-//! names to `ldmatrix` in the first 16 columns of the first panel: steps along the columns of a panel flip bits of it
-//! (the swizzle is an exclusive or), all other steps are added.
+//! Tiles lie in shared memory as panels of 64 columns in the 128-byte swizzle. A thread passes the address of the row
+//! that it names to `ldmatrix` in the first 16 columns of the first panel: steps along the columns of a panel flip
+//! bits of it (the swizzle is an exclusive or), all other steps are added.
 
 use cubecl::prelude::*;
 
@@ -103,22 +103,22 @@ fn values_text(blueprint: Blueprint) -> String {
     text + "}"
 }
 
-/// Which row a lane names of 16 rows and 16 columns that lie as they are multiplied, queries and values: 16 rows, then the
-/// same 16 eight columns on. In bytes from the first row of a panel.
+/// Which row a lane names of 16 rows and 16 columns that lie as they are multiplied, queries and values: 16 rows,
+/// then the same 16 eight columns on. In bytes from the first row of a panel.
 #[cube]
 pub(super) fn across(lane: u32) -> u32 {
     lane % 16u32 * comptime![SWIZZLE as u32] + swizzled(lane, lane / 16u32)
 }
 
-/// Which row a lane names of 16 keys and 16 columns, as a product wants them, transposed: eight rows, the same eight columns
-/// on, then the next eight rows.
+/// Which row a lane names of 16 keys and 16 columns, as a product wants them, transposed: eight rows, the same eight
+/// columns on, then the next eight rows.
 #[cube]
 pub(super) fn down(lane: u32) -> u32 {
     (lane % 8u32 + lane / 16u32 * 8u32) * comptime![SWIZZLE as u32] + swizzled(lane, lane / 8u32 % 2u32)
 }
 
-/// S = Q K^T of a warp's rows and a tile of keys, block by block of 16 rows. `query` is the address of the warp's first row
-/// and [`across`], `key` the tile's and [`down`].
+/// S = Q K^T of a warp's rows and a tile of keys, block by block of 16 rows. `query` is the address of the warp's
+/// first row and [`across`], `key` the tile's and [`down`].
 #[cube]
 pub(super) fn scores<WS: Size>(query: u32, key: u32, #[comptime] blueprint: Blueprint) -> Vector<f32, WS> {
     let body = comptime![scores_text(blueprint)];

@@ -98,8 +98,8 @@ pub(crate) fn gather(
     }
 }
 
-/// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle, which
-/// keeps the same column of eight rows in different banks.
+/// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle,
+/// which keeps the same column of eight rows in different banks.
 #[cube]
 pub(crate) fn swizzled(row: u32, column: u32) -> u32 {
     ((column % 8u32) ^ (row % 8u32)) * 16u32

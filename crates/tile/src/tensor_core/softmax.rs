@@ -34,8 +34,8 @@ pub(crate) struct Softmax {
 
 #[cube]
 impl Softmax {
-    /// The softmax of rows of two heads before their first key. A sink logit is a key with a value of zero: it opens the
-    /// maximum, and the sum of one thread of the row.
+    /// The softmax of rows of two heads before their first key. A sink logit is a key with a value of zero: it opens
+    /// the maximum, and the sum of one thread of the row.
     pub(crate) fn new(
         upper_head: u32,
         lower_head: u32,

@@ -26,8 +26,8 @@ use cubecl_cpp::{
 
 use crate::visibility::Visibility;
 
-/// One of the cases that kernels are compiled for: one for every shape of tile and every visibility; softcap, sink logits
-/// and f32 outputs change little.
+/// One of the cases that kernels are compiled for: one for every shape of tile and every visibility; softcap, sink
+/// logits and f32 outputs change little.
 pub(crate) struct Sample {
     pub(crate) problem: Problem,
     pub(crate) visibility: Visibility,
