@@ -66,6 +66,7 @@ fn rate(row: &Row) -> Option<String> {
     match (row.useful_flop.map(per_second), row.useful_bytes.map(per_second)) {
         (Some(gflops), _) if gflops >= 1e3 => Some(format!("{:.0} TFLOP/s", gflops / 1e3)),
         (Some(gflops), _) => Some(format!("{gflops:.1} GFLOP/s")),
+        (None, Some(gigabytes)) if gigabytes < 10.0 => Some(format!("{gigabytes:.1} GB/s")),
         (None, Some(gigabytes)) => Some(format!("{gigabytes:.0} GB/s")),
         (None, None) => None,
     }
