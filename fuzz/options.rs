@@ -7,8 +7,8 @@ use std::{fmt::Display, sync::OnceLock};
 
 use bifocal::{
     AttentionOperator, DeviceProfile, Element, Far, FixedRouter, Full, Inputs, LinearChoice, LinearGate,
-    MultiWindow, Problem, RandomRouter, Reach, RouteGeometry, Router, Routes, Tensor, TensorView, Threshold,
-    Window, Windowed,
+    MultiWindow, Problem, RandomRouter, Reach, RouteGeometry, Router, Routes, Sequences, Tensor, TensorView,
+    Threshold, Window, Windowed,
     cubecl::{client::Client, server::Handle},
 };
 use libfuzzer_sys::{
@@ -23,11 +23,12 @@ const ELEMENTS: [Element; 4] = [Element::F32, Element::F16, Element::Bf16, Eleme
 
 type Call = fn(&mut Unstructured<'_>) -> Result<()>;
 
-const CALLS: [Call; 9] = [
+const CALLS: [Call; 10] = [
     windows,
     problems,
     problems_of_inputs,
     routes,
+    sequences,
     random_routers,
     fixed_routers,
     linear_routers,
@@ -213,6 +214,36 @@ fn routes(bytes: &mut Unstructured<'_>) -> Result<()> {
         let count = routes.to_host(client).expect("routes can be read back").len();
         assert!(count == geometry.len() && count as u64 <= BUFFER, "{count} routes in {BUFFER} bytes");
     }
+    Ok(())
+}
+
+fn sequences(bytes: &mut Unstructured<'_>) -> Result<()> {
+    let client = &device().0;
+    let mut lengths = || -> Result<Vec<usize>> {
+        let mut lengths = several(bytes, 6, number)?;
+        // Arbitrary lengths seldom count up from 0.
+        if bytes.arbitrary()? {
+            lengths.iter_mut().for_each(|length| *length %= 64);
+            lengths.push(0);
+            lengths.sort_unstable();
+        }
+        Ok(lengths)
+    };
+    let (queries, keys) = (lengths()?, lengths()?);
+    // A table has an entry per query: memory is bounded.
+    if queries.last().is_some_and(|&end| end > 1 << 12) {
+        return Ok(());
+    }
+    let counts_up = |lengths: &[usize]| {
+        lengths.len() >= 2
+            && lengths[0] == 0
+            && lengths.is_sorted()
+            && lengths.iter().all(|&end| end < 1 << 30)
+    };
+    let possible = counts_up(&queries) && counts_up(&keys) && queries.len() == keys.len();
+    let sequences = Sequences::from_host(client, &queries, &keys);
+    assert_eq!(sequences.is_ok(), possible, "{queries:?}, {keys:?}: {sequences:?}");
+    accepted(sequences);
     Ok(())
 }
 

@@ -1,14 +1,16 @@
 #!/usr/bin/env python3
-"""Times PyTorch's attention on an NVIDIA GPU: dense causal SDPA (flash and cuDNN) and a FlexAttention window.
+"""Times PyTorch's attention on an NVIDIA GPU, forward: dense causal SDPA (flash and cuDNN) and FlexAttention.
 
 The numbers to hold `bifocal bench --device cuda --element bf16` against: the same shapes, device events around each
 call, inputs that rotate through more memory than the caches hold, and field names alike. Needs PyTorch with CUDA;
-prints one JSON object. A case that this machine or this PyTorch cannot run is listed with its reason.
+prints one JSON object, which `bifocal compare` joins with Bifocal's own. A case that this machine or this PyTorch cannot
+run is listed with its reason.
 
   sdpa_flash    causal, every key up to the query's own (compare with `full`)
   sdpa_cudnn    the same by cuDNN
   flex_window   FlexAttention, compiled, with a block mask of the window (compare with `windowed`)
   flex_full     FlexAttention, compiled, causal
+  flex_aha      FlexAttention, compiled, with a block mask of AHA's random routes (compare with `aha`)
 """
 
 import argparse
@@ -20,7 +22,7 @@ import sys
 import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
-CASES = ["sdpa_flash", "sdpa_cudnn", "flex_window", "flex_full"]
+CASES = ["sdpa_flash", "sdpa_cudnn", "flex_window", "flex_full", "flex_aha"]
 
 # Bytes of inputs to rotate through at least.
 ROTATION_BYTES = 256 << 20
@@ -28,10 +30,15 @@ ROTATION_BYTES = 256 << 20
 SAMPLE_MS = 4
 
 
-def useful_pairs(length, window):
-    """Pairs of a query and a key that a causal window of `window` keys, the query's own included, shows."""
-    full = min(length, window)
-    return full * (full + 1) // 2 + (length - full) * window
+def useful_pairs(length, window, heads, far):
+    """Pairs of a query and a key that are visible in `heads` heads: the last `window` keys, the query's own included,
+    and every one before it where `far`, a boolean [heads, length] or None, says so."""
+    near = min(length, window)
+    pairs = heads * (near * (near + 1) // 2 + (length - near) * window)
+    if far is not None:
+        beyond = (torch.arange(1, length + 1, device=far.device) - window).clamp(min=0)
+        pairs += int((far * beyond).sum())
+    return pairs
 
 
 def dense(backend):
@@ -45,24 +52,34 @@ def dense(backend):
     return call
 
 
-def flex(length, window):
+def flex(length, window, heads, far):
     """A call of compiled FlexAttention. The block mask is built once, outside of what is timed."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-    def visible(batch, head, query, key):
+    def near(batch, head, query, key):
         return (key <= query) & (key > query - window)
 
-    mask = create_block_mask(visible, B=None, H=None, Q_LEN=length, KV_LEN=length, device="cuda")
+    def routed(batch, head, query, key):
+        return (key <= query) & ((key > query - window) | far[head, query])
+
+    # After a few masks the compiler would give up and run the operations one by one.
+    torch._dynamo.reset()
+    shape = {"Q_LEN": length, "KV_LEN": length, "device": "cuda"}
+    if far is None:
+        mask = create_block_mask(near, B=None, H=None, **shape)
+    else:
+        # Compiled, so that no mask of heads x length x length is made on the way.
+        mask = torch.compile(create_block_mask)(routed, B=None, H=heads, **shape)
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda q, k, v: compiled(q, k, v, block_mask=mask, enable_gqa=q.shape[1] != k.shape[1])
 
 
-def prepare(case, length, window):
+def prepare(case, length, window, heads, far):
     if case == "sdpa_flash":
         return dense("FLASH_ATTENTION")
     if case == "sdpa_cudnn":
         return dense("CUDNN_ATTENTION")
-    return flex(length, window if case == "flex_window" else length)
+    return flex(length, window, heads, far)
 
 
 def measure(call, sets, runs):
@@ -88,15 +105,18 @@ def measure(call, sets, runs):
     return first, [once(run, calls) for run in range(runs)]
 
 
-def error_of(out, q, k, v, window):
+def error_of(out, q, k, v, window, far):
     """Largest difference to the formula in float64, for the last queries of the first head."""
     rows = min(64, q.shape[2])
     length = q.shape[2]
     q, k, v = q[0, 0, -rows:].double(), k[0, 0].double(), v[0, 0].double()
     i = torch.arange(length - rows, length, device=q.device)[:, None]
     j = torch.arange(length, device=q.device)[None, :]
+    beyond = j <= i - window
+    if far is not None:
+        beyond &= ~far[0, -rows:, None]
     scores = (q @ k.T) * q.shape[1] ** -0.5
-    scores = scores.masked_fill((j > i) | (j <= i - window), float("-inf"))
+    scores = scores.masked_fill((j > i) | beyond, float("-inf"))
     return (torch.softmax(scores, -1) @ v - out[0, 0, -rows:].double()).abs().max().item()
 
 
@@ -111,6 +131,7 @@ def arguments():
     parser.add_argument("--head-dim", type=int, default=128)
     parser.add_argument("--lengths", type=numbers, default=[8192, 32768])
     parser.add_argument("--window", type=int, default=256, help="keys, the query's own included")
+    parser.add_argument("--far-share", type=float, default=0.067, help="share of token-heads that look far (flex_aha)")
     parser.add_argument("--cases", type=lambda text: text.split(","), default=CASES, help=",".join(CASES))
     parser.add_argument("--runs", type=int, default=21, help="timed runs per case; the median is reported")
     parser.add_argument("--json", metavar="FILE", help="write the JSON there instead of to standard output")
@@ -134,6 +155,8 @@ def main():
         query = (args.batch, args.heads, length, args.head_dim)
         key = (args.batch, args.kv_heads, length, args.head_dim)
         size = 2 * args.batch * (args.heads + 2 * args.kv_heads) * length * args.head_dim
+        # Outputs and, in f32, log-sum-exps are written besides.
+        useful_bytes = size + args.batch * args.heads * length * (2 * args.head_dim + 4)
         turns = max(1, min(16, -(-ROTATION_BYTES // size)))
 
         def draw(shape):
@@ -141,11 +164,14 @@ def main():
 
         sets = [[draw(query), draw(key), draw(key)] for _ in range(turns)]
         for case in args.cases:
-            window = args.window if case == "flex_window" else length
+            window = args.window if case in ("flex_window", "flex_aha") else length
+            far = None
+            if case == "flex_aha":
+                far = torch.rand((args.heads, length), device="cuda") < args.far_share
             try:
-                call = prepare(case, length, window)
+                call = prepare(case, length, window, args.heads, far)
                 first, times = measure(call, sets, args.runs)
-                error = error_of(call(*sets[0]), *sets[0], window)
+                error = error_of(call(*sets[0]), *sets[0], window, far)
             # A missing backend, kernel or compiler shows as one of many types, and must not end the other cases.
             except Exception as reason:
                 left_out.append({"case": case, "length": length, "reason": str(reason).strip().splitlines()[:1]})
@@ -154,7 +180,7 @@ def main():
             # bf16 keeps eight bits; more than this is another function, not another rounding.
             if not error < 0.05:
                 sys.exit(f"{case} at {length} is off by {error}: it computes something else")
-            flop = 4.0 * args.head_dim * useful_pairs(length, window) * args.batch * args.heads
+            flop = 4.0 * args.head_dim * useful_pairs(length, window, args.heads, far) * args.batch
             median = statistics.median_low(times)
             timings.append(
                 {
@@ -163,8 +189,10 @@ def main():
                     "first_call_ms": first,
                     "median_ms": median,
                     "fastest_ms": min(times),
+                    "far_share": None if far is None else far.float().mean().item(),
                     "useful_flop": flop,
                     "useful_gflops": flop / median / 1e6,
+                    "useful_bytes": useful_bytes,
                 }
             )
             print(f"{case} {length}: {median:.3f} ms, {flop / median / 1e6:.0f} GFLOP/s", file=sys.stderr)
@@ -178,6 +206,7 @@ def main():
         "kv_heads": args.kv_heads,
         "head_dim": args.head_dim,
         "window": args.window,
+        "far_share": args.far_share,
         "runs": args.runs,
         "timings": timings,
         "left_out": left_out,

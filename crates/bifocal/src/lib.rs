@@ -30,11 +30,13 @@
 //! ```
 
 mod aha;
+mod cache;
 mod l2a;
 mod multi_window;
 mod select;
 
 pub use aha::Aha;
+pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use multi_window::MultiWindow;
 pub use select::{attend_selected, plan};
@@ -43,11 +45,11 @@ pub use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
         AttentionOperator, Decision, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows, Router,
-        Routes, Rows, Tensor, TensorView, open, synchronise,
+        Routes, Rows, Sequences, Tensor, TensorView, open, synchronise,
     },
 };
 pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, mask, merge, mix, select};
-pub use bifocal_full::{Far, Full};
+pub use bifocal_full::{Far, Full, NonCausal};
 pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Threshold};
 pub use bifocal_windowed::Windowed;
 

@@ -1,8 +1,8 @@
 use bifocal::{
-    Aha, AttentionOperator, Full, Inputs, L2a, MultiWindow, Partial, Problem, Result, Rows, Window, Windowed,
-    cubecl::client::Client,
+    Aha, AttentionOperator, Error, Full, Inputs, L2a, MultiWindow, Partial, Problem, Result, Rows, Window,
+    Windowed, cubecl::client::Client,
 };
-use burn::tensor::Tensor;
+use burn::tensor::{Bool, Tensor, ops::AttentionModuleOptions};
 
 use crate::{
     AttentionOptions, Routing,
@@ -17,7 +17,9 @@ use crate::{
 /// `[B, H, Tq, Dv]` on the same device, in the same element type.
 ///
 /// Strided tensors (after `swap_dims`, `slice`, `expand`) are read in place as long as the last dimension is
-/// contiguous; otherwise they are copied first. Flex tensors are copied to the CubeCL CPU runtime and back.
+/// contiguous; otherwise they are copied first. Flex tensors are copied to the CubeCL CPU runtime and back. Where the
+/// query is a `[B, Tq, H, D]` tensor with its dimensions swapped, as projections leave it, so is the output: the output
+/// projection's `swap_dims` and `reshape` then copy nothing either.
 ///
 /// # Errors
 /// [`Error::NoBackward`](bifocal::Error::NoBackward) for tensors with autodiff;
@@ -51,6 +53,43 @@ pub fn full_attention(
     dense("full_attention", [query, key, value], &Full, options)
 }
 
+/// A drop-in for [`burn::tensor::module::attention`]: the same arguments and the same numbers, computed by Bifocal.
+///
+/// Query `[B, H, Tq, D]`, key `[B, Hk, Tk, D]`, value `[B, Hk, Tk, Dv]`. Unlike Burn's, key and value may have fewer heads
+/// than the query, and the result is a `Result`; apart from that `bifocal_burn::attention(..)?` takes the place of
+/// Burn's call. Copies and the layout of the output as in [`windowed_attention`].
+///
+/// Nothing else is run in the place of what Bifocal cannot express: that is an error, and Burn's own function is there
+/// for it.
+///
+/// # Errors
+/// [`Error::Option`] for a mask (`true` hides; windows are [`windowed_attention`]), for a bias, and without
+/// `is_causal`; otherwise as [`windowed_attention`].
+pub fn attention(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    mask: Option<Tensor<4, Bool>>,
+    attn_bias: Option<Tensor<4>>,
+    options: AttentionModuleOptions,
+) -> Result<Tensor<4>> {
+    let without = |option: &'static str, dims: Option<[usize; 4]>| match dims {
+        Some(dims) => {
+            Err(Error::option(option, format!("a tensor {dims:?}"), "none: Burn's attention takes one"))
+        }
+        None => Ok(()),
+    };
+    without("mask", mask.map(|mask| mask.dims()))?;
+    without("attn_bias", attn_bias.map(|bias| bias.dims()))?;
+    let AttentionModuleOptions { scale, softcap, is_causal } = options;
+    let options = AttentionOptions { scale: scale.map(|x| x as f32), softcap: softcap.map(|x| x as f32) };
+    match is_causal {
+        true => dense("attention", [query, key, value], &Full, &options),
+        // The place where full attention that is not causal comes in.
+        false => Err(Error::option("is_causal", false, "true: every reach is causal")),
+    }
+}
+
 /// All-or-Here Attention (arXiv 2512.22562): each token-head's output is the window's where its route is
 /// 0 and full attention's where it is 1. Nothing is computed twice.
 ///
@@ -68,7 +107,9 @@ pub fn aha_attention(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     routed("aha_attention", [query, key, value], routing, options, |client, problem, inputs| {
-        Aha::new(window).attend(client, problem, inputs, &routing.decision().routes)
+        let partial = room(client, problem, inputs);
+        Aha::new(window).attend_into(client, problem, inputs, &routing.decision().routes, &partial)?;
+        Ok(partial)
     })
 }
 
@@ -92,7 +133,9 @@ pub fn multi_window_attention(
     let system = MultiWindow::new(windows)?;
     let operation = "multi_window_attention";
     routed(operation, [query, key, value], routing, options, |client, problem, inputs| {
-        system.attend(client, problem, inputs, &routing.decision().routes)
+        let partial = room(client, problem, inputs);
+        system.attend_into(client, problem, inputs, &routing.decision().routes, &partial)?;
+        Ok(partial)
     })
 }
 
@@ -125,7 +168,7 @@ fn dense(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     run(operation, tensors, None, options, |client, problem, inputs| {
-        let partial = Partial::empty(client, problem, problem.element);
+        let partial = room(client, problem, inputs);
         operator.attend(client, problem, inputs, Rows::All, &partial)?;
         Ok(partial)
     })
@@ -139,6 +182,19 @@ fn routed(
     attend: impl FnOnce(&Client, &Problem, &Inputs<'_>) -> Result<Partial>,
 ) -> Result<Tensor<4>> {
     run(operation, tensors, Some(routing), options, attend)
+}
+
+/// Room for the result, its heads and tokens in the order that the query has them in memory.
+fn room(client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Partial {
+    let mut partial = Partial::empty(client, problem, problem.element);
+    let [_, by_head, by_token, _] = inputs.query.strides();
+    if by_head < by_token && by_head != 0 {
+        let [_, heads, tokens, dim] = problem.out_shape();
+        let strides = [tokens * heads * dim, dim, heads * dim, 1];
+        let handle = partial.out.into_handle();
+        partial.out = bifocal::Tensor::new(handle, problem.element, problem.out_shape(), strides);
+    }
+    partial
 }
 
 /// Checks the arguments, hands them to Bifocal, and its result to Burn.

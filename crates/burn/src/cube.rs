@@ -53,3 +53,49 @@ fn unfused<From: 'static, To: 'static>(tensor: From) -> Result<To> {
         )),
     }
 }
+
+#[cfg(all(test, feature = "cpu"))]
+mod tests {
+    use burn::tensor::{Device, Distribution};
+
+    use super::*;
+    use crate::{AttentionOptions, full_attention};
+
+    /// Which buffer a tensor lies in, and its strides there.
+    fn memory(tensor: &Tensor<4>) -> (usize, [usize; 4]) {
+        let tensor = import(tensor.clone(), Element::F32).unwrap();
+        (tensor.handle().memory.descriptor().id.value, tensor.strides())
+    }
+
+    #[test]
+    fn views_change_hands_without_a_copy() {
+        let device = Device::cpu();
+        let tensor = Tensor::<4>::zeros([2, 5, 3, 8], &device);
+        let (buffer, strides) = memory(&tensor);
+        assert_eq!(strides, [120, 24, 8, 1]);
+        let heads_first = tensor.clone().swap_dims(1, 2);
+        assert_eq!(memory(&heads_first), (buffer, [120, 8, 24, 1]));
+        assert_eq!(memory(&tensor.clone().narrow(0, 1, 1)), (buffer, [120, 24, 8, 1]));
+        let shared = tensor.clone().narrow(2, 0, 1).expand([2, 5, 4, 8]);
+        assert_eq!(memory(&shared), (buffer, [120, 24, 0, 1]));
+        // A strided last dimension is the one that has to be gathered.
+        assert_ne!(memory(&tensor.swap_dims(2, 3)).0, buffer);
+    }
+
+    #[test]
+    fn outputs_lie_in_memory_as_queries_do() {
+        let device = Device::cpu();
+        let rows = Tensor::<4>::random([2, 5, 3, 8], Distribution::Default, &device);
+        let attend = |tensor: Tensor<4>| {
+            full_attention(tensor.clone(), tensor.clone(), tensor, &AttentionOptions::default()).unwrap()
+        };
+        let swapped = attend(rows.clone().swap_dims(1, 2));
+        assert_eq!((swapped.dims(), memory(&swapped).1), ([2, 3, 5, 8], [120, 8, 24, 1]));
+        // What an output projection does next is a view.
+        assert_eq!(memory(&swapped.clone().swap_dims(1, 2)).0, memory(&swapped).0);
+        let data = rows.swap_dims(1, 2).into_data();
+        let plain = attend(Tensor::from_data(data, &device));
+        assert_eq!(memory(&plain).1, [120, 40, 8, 1]);
+        plain.into_data().assert_eq(&swapped.into_data(), true);
+    }
+}

@@ -1,8 +1,9 @@
 //! Bifocal for [Burn](https://burn.dev): near vision (a sliding window) and far vision (the whole context), chosen token
 //! by token, as tensor functions and as modules.
 //!
-//! Functions take `Tensor<4>` and return `Result`: [`windowed_attention`], [`full_attention`], and over the routes of
-//! [`linear_gate`] or [`linear_choice`] [`aha_attention`], [`multi_window_attention`] and [`global_attention`].
+//! Functions take `Tensor<4>` and return `Result`: [`attention()`], a drop-in for Burn's own, [`windowed_attention`] and
+//! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
+//! [`multi_window_attention`] and [`global_attention`].
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
 //! [`L2aAttention`].
 //!
@@ -46,7 +47,7 @@ mod place;
 mod routing;
 
 pub use attention::{
-    aha_attention, full_attention, global_attention, multi_window_attention, windowed_attention,
+    aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
 };
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, L2aAttention, L2aAttentionConfig,

@@ -131,8 +131,19 @@ impl Place {
         }
     }
 
-    /// Hands a contiguous float tensor of Bifocal to Burn.
-    pub(crate) fn export<const RANK: usize>(&self, tensor: bifocal::Tensor<RANK>) -> Result<Tensor<RANK>> {
+    /// Hands a float tensor of Bifocal to Burn: a contiguous one, or a contiguous `[B, T, H, D]` seen as `[B, H, T, D]`.
+    pub(crate) fn export(&self, tensor: bifocal::Tensor<4>) -> Result<Tensor<4>> {
+        let ([batch, heads, tokens, dim], [_, by_head, by_token, _]) = (tensor.shape(), tensor.strides());
+        if by_head >= by_token {
+            return self.export_contiguous(tensor);
+        }
+        let (element, shape) = (tensor.element(), [batch, tokens, heads, dim]);
+        let strides = [tokens * heads * dim, heads * dim, dim, 1];
+        let swapped = bifocal::Tensor::new(tensor.into_handle(), element, shape, strides);
+        Ok(self.export_contiguous(swapped)?.swap_dims(1, 2))
+    }
+
+    fn export_contiguous(&self, tensor: bifocal::Tensor<4>) -> Result<Tensor<4>> {
         let dtype = dtype(tensor.element());
         match &self.memory {
             #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]

@@ -2,17 +2,20 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Element, Full, Inputs, L2a, LinearGate, Partial, Problem,
-    RandomRouter, Reach, Router, Routine, Rows, Tensor, Window, Windowed, cubecl,
+    Aha, AttentionOperator, DeviceProfile, Full, Inputs, L2a, LinearGate, Partial, Problem, RandomRouter,
+    Reach, Router, Routine, Rows, Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
 use cubecl::client::Client;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use serde::Serialize;
 
-use crate::{DeviceName, output};
+use crate::{
+    DeviceName, output,
+    shape::Shape,
+    timings::{Report, Timing},
+};
 
 /// Bytes of inputs that a run rotates through at least: more than the last-level caches of today's devices hold.
 const ROTATION_BYTES: usize = 256 << 20;
@@ -20,29 +23,16 @@ const ROTATION_BYTES: usize = 256 << 20;
 /// How long a timed run is to take, if 32 calls do.
 const SAMPLE: Duration = Duration::from_millis(4);
 
+/// Tokens of a burst of clustered gates.
+const BURST: u32 = 64;
+
 #[derive(Args)]
 pub(crate) struct Options {
     /// The device to time.
     #[arg(long, default_value = "cpu")]
     device: DeviceName,
-    /// Element type of query, key and value.
-    #[arg(long, default_value = "f32")]
-    element: ElementName,
-    /// Sequences.
-    #[arg(long, default_value_t = 1)]
-    batch: usize,
-    /// Query heads.
-    #[arg(long, default_value_t = 8)]
-    heads: usize,
-    /// Key and value heads; as many as query heads unless given.
-    #[arg(long)]
-    kv_heads: Option<usize>,
-    /// Length of a query, a key and a value.
-    #[arg(long, default_value_t = 64)]
-    head_dim: usize,
-    /// Sequence lengths.
-    #[arg(long, value_delimiter = ',', default_value = "8192")]
-    lengths: Vec<usize>,
+    #[command(flatten)]
+    shape: Shape,
     /// Keys in the window, the query's own included.
     #[arg(long, default_value_t = 256)]
     window: usize,
@@ -52,12 +42,9 @@ pub(crate) struct Options {
     /// Share of tokens (L2A) that look far.
     #[arg(long, default_value_t = 0.2)]
     far_tokens: f64,
-    /// Length of a hidden state, which the router reads.
-    #[arg(long, default_value_t = 1024)]
-    model_dim: usize,
-    /// The routine to run by (wgmma, portable); the fastest that can unless given.
-    #[arg(long)]
-    routine: Option<Routine>,
+    /// How the routes of AHA and L2A are drawn.
+    #[arg(long, default_value = "random")]
+    gates: Gates,
     /// Cases to time; all unless given.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
@@ -70,10 +57,13 @@ pub(crate) struct Options {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum ElementName {
-    F32,
-    F16,
-    Bf16,
+enum Gates {
+    /// Every token-head on its own.
+    Random,
+    /// In bursts of 64 tokens.
+    Clustered,
+    /// Two heads always far, the others seldom, so that the share is kept; L2A's gate, which has one head, is random.
+    Skewed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -84,64 +74,25 @@ enum CaseName {
     Full,
     /// The linear gate of every head: scores, routes and counts.
     Router,
-    /// The dispatch plan of random head-wise routes.
+    /// The dispatch plan of head-wise routes.
     Plan,
-    /// AHA by random head-wise routes, its plan included.
+    /// AHA by head-wise routes, its plan included.
     Aha,
-    /// L2A's global branch by random token-wise routes, its plan included.
+    /// L2A's global branch by token-wise routes, its plan included.
     L2a,
 }
 
 const CASES: [CaseName; 6] =
     [CaseName::Windowed, CaseName::Full, CaseName::Router, CaseName::Plan, CaseName::Aha, CaseName::L2a];
 
-#[derive(Serialize)]
-struct Report {
-    device: &'static str,
-    name: String,
-    element: String,
-    batch: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    window: usize,
-    far_share: f64,
-    far_tokens: f64,
-    model_dim: usize,
-    runs: u32,
-    timings: Vec<Timing>,
-}
-
-#[derive(Serialize)]
-struct Timing {
-    case: &'static str,
-    length: usize,
-    /// What attention ran by.
-    routine: String,
-    /// The first call: it compiles the kernels.
-    first_call_ms: f64,
-    median_ms: f64,
-    fastest_ms: f64,
-    /// 4 D for every pair of a query and a key that its route shows; none for router and plan.
-    useful_flop: Option<f64>,
-    useful_gflops: Option<f64>,
-}
-
 pub(crate) fn run(options: &Options) -> Result<()> {
     let client = bifocal::open(options.device.as_str())?;
-    let element = match options.element {
-        ElementName::F32 => Element::F32,
-        ElementName::F16 => Element::F16,
-        ElementName::Bf16 => Element::Bf16,
-    };
-    if let Some(&0) = options.lengths.iter().find(|&&length| length == 0) {
-        bail!("a length is 0, expected at least 1");
-    }
+    let shape = &options.shape;
     let cases: &[CaseName] = if options.cases.is_empty() { &CASES } else { &options.cases };
-    let bar = output::progress(options.lengths.len() * cases.len());
+    let bar = output::progress(shape.lengths.len() * cases.len());
     let mut timings = Vec::new();
-    for &length in &options.lengths {
-        let bench = Bench::new(&client, options, element, length)?;
+    for &length in &shape.lengths {
+        let bench = Bench::new(&client, options, length)?;
         for &case in cases {
             bar.set_message(format!("{} at {length}", case.name()));
             timings.push(bench.time(case).with_context(|| format!("{} at {length}", case.name()))?);
@@ -150,17 +101,20 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
     bar.finish_and_clear();
     let report = Report {
-        device: options.device.as_str(),
+        device: options.device.as_str().into(),
         name: DeviceProfile::of(&client).name,
-        element: element.to_string(),
-        batch: options.batch,
-        heads: options.heads,
-        kv_heads: options.kv_heads.unwrap_or(options.heads),
-        head_dim: options.head_dim,
+        library: None,
+        element: shape.element().to_string(),
+        batch: shape.batch,
+        heads: shape.heads,
+        kv_heads: shape.kv_heads(),
+        head_dim: shape.head_dim,
         window: options.window,
-        far_share: options.far_share,
-        far_tokens: options.far_tokens,
-        model_dim: options.model_dim,
+        softcap: shape.softcap,
+        gates: Some(options.gates.name().into()),
+        far_share: Some(options.far_share),
+        far_tokens: Some(options.far_tokens),
+        model_dim: Some(shape.model_dim),
         runs: options.runs,
         timings,
     };
@@ -171,6 +125,26 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         print(&report);
     }
     Ok(())
+}
+
+impl Gates {
+    fn name(self) -> &'static str {
+        match self {
+            Gates::Random => "random",
+            Gates::Clustered => "clustered",
+            Gates::Skewed => "skewed",
+        }
+    }
+
+    /// The gates of `heads` router heads.
+    fn router(self, heads: usize, far_share: f64, seed: u32) -> bifocal::Result<RandomRouter> {
+        match self {
+            Gates::Random => RandomRouter::gate(heads, far_share, seed),
+            Gates::Clustered => RandomRouter::gate(heads, far_share, seed)?.with_bursts(BURST),
+            Gates::Skewed if heads == 1 => RandomRouter::gate(heads, far_share, seed),
+            Gates::Skewed => RandomRouter::skewed_gate(heads, far_share, seed),
+        }
+    }
 }
 
 impl CaseName {
@@ -209,13 +183,10 @@ struct Bench<'a> {
 }
 
 impl<'a> Bench<'a> {
-    fn new(client: &'a Client, options: &'a Options, element: Element, length: usize) -> Result<Self> {
-        let kv_heads = options.kv_heads.unwrap_or(options.heads);
-        let query = [options.batch, options.heads, length, options.head_dim];
-        let key = [options.batch, kv_heads, length, options.head_dim];
-        let hidden = [options.batch, length, options.model_dim];
-        let problem = Problem::new(query, key, element)?;
-        let problem = options.routine.map_or(problem, |routine| problem.with_routine(routine));
+    fn new(client: &'a Client, options: &'a Options, length: usize) -> Result<Self> {
+        let shape = &options.shape;
+        let (query, key, hidden) = (shape.query(length), shape.key(length), shape.hidden(length));
+        let (problem, element) = (shape.problem(length)?, shape.element());
         // What does not run at all says so before minutes are spent on drawing inputs.
         let routine = Full.choose(&problem, &DeviceProfile::of(client))?;
         let mut rng = SmallRng::seed_from_u64(0);
@@ -236,8 +207,8 @@ impl<'a> Bench<'a> {
                 })
             })
             .collect::<Result<_>>()?;
-        let weight = draw(options.model_dim * options.heads);
-        let weight_shape = [options.model_dim, options.heads];
+        let weight_shape = [shape.model_dim, shape.heads];
+        let weight = draw(size(&weight_shape));
         Ok(Self {
             client,
             options,
@@ -245,8 +216,8 @@ impl<'a> Bench<'a> {
             window: Window::new(options.window)?,
             routine,
             gate: LinearGate::aha(Tensor::from_f32(client, weight_shape, element, &weight)?),
-            by_head: RandomRouter::gate(options.heads, options.far_share, 1)?,
-            by_token: RandomRouter::gate(1, options.far_tokens, 2)?,
+            by_head: options.gates.router(shape.heads, options.far_share, 1)?,
+            by_token: options.gates.router(1, options.far_tokens, 2)?,
             sets,
             partial: Partial::empty(client, &problem, element),
         })
@@ -294,14 +265,16 @@ impl<'a> Bench<'a> {
         let median = times[times.len() / 2];
         let useful_flop = self.useful_flop(case);
         Ok(Timing {
-            case: case.name(),
+            case: case.name().into(),
             length: self.problem.query_len,
-            routine: self.routine.to_string(),
+            routine: Some(self.routine.to_string()),
             first_call_ms: first_call.as_secs_f64() * 1e3,
             median_ms: median.as_secs_f64() * 1e3,
             fastest_ms: times[0].as_secs_f64() * 1e3,
+            far_share: self.far_share(case),
             useful_flop,
             useful_gflops: useful_flop.map(|flop| flop / median.as_secs_f64() / 1e9),
+            useful_bytes: Some(self.useful_bytes(case) as f64),
         })
     }
 
@@ -345,6 +318,45 @@ impl<'a> Bench<'a> {
         };
         Some(2.0 * (self.problem.head_dim + self.problem.value_dim) as f64 * pairs)
     }
+
+    /// The share of routes that came out far, where a case has routes.
+    fn far_share(&self, case: CaseName) -> Option<f64> {
+        let (router, heads) = match case {
+            CaseName::Plan | CaseName::Aha => (&self.by_head, self.problem.heads),
+            CaseName::L2a => (&self.by_token, 1),
+            CaseName::Windowed | CaseName::Full | CaseName::Router => return None,
+        };
+        let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
+        let far = (0..rows)
+            .flat_map(|row| (0..tokens).map(move |token| (row, token)))
+            .filter(|&(row, token)| router.route_of(row, token) == 1)
+            .count();
+        Some(far as f64 / f64::from(rows) / f64::from(tokens))
+    }
+
+    /// Every input read once and every output written once. What only passes between kernels, like a plan inside of
+    /// AHA, does not count.
+    fn useful_bytes(&self, case: CaseName) -> usize {
+        let size = |shape: &[usize]| shape.iter().product::<usize>();
+        let Problem { batch, heads, query_len, element, .. } = self.problem;
+        let Set { query, key, value, hidden } = &self.sets[0];
+        let inputs = size(&query.shape()) + size(&key.shape()) + size(&value.shape());
+        let attention = (inputs + size(&self.problem.out_shape())) * element.size()
+            + size(&self.problem.lse_shape()) * size_of::<f32>();
+        let routes = |heads: usize| batch * heads * query_len;
+        match case {
+            CaseName::Windowed | CaseName::Full => attention,
+            CaseName::Router => {
+                let weight = self.options.shape.model_dim * heads;
+                let scores = routes(heads) * size_of::<f32>();
+                (size(&hidden.shape()) + weight) * element.size() + scores + routes(heads)
+            }
+            // A row in some list for every route.
+            CaseName::Plan => routes(heads) + routes(heads) * size_of::<u32>(),
+            CaseName::Aha => attention + routes(heads),
+            CaseName::L2a => attention + routes(1),
+        }
+    }
 }
 
 /// Time from the call until the device is idle again.
@@ -358,7 +370,7 @@ fn wall(client: &Client, call: impl FnOnce() -> bifocal::Result<()>) -> Result<D
 
 fn print(report: &Report) {
     println!(
-        "{} ({}), {}, {} x {} heads ({} kv) x {}, window {}, far {:.1} % of token-heads, {:.1} % of tokens",
+        "{} ({}), {}, {} x {} heads ({} kv) x {}, window {}, {} gates",
         report.device,
         report.name,
         report.element,
@@ -367,13 +379,13 @@ fn print(report: &Report) {
         report.kv_heads,
         report.head_dim,
         report.window,
-        report.far_share * 100.0,
-        report.far_tokens * 100.0,
+        report.gates.as_deref().unwrap_or("random"),
     );
     let mut table = output::table([
         "case",
         "length",
         "routine",
+        "far",
         "median ms",
         "fastest ms",
         "useful GFLOP/s",
@@ -381,9 +393,10 @@ fn print(report: &Report) {
     ]);
     for timing in &report.timings {
         table.add_row([
-            timing.case.to_string(),
+            timing.case.clone(),
             timing.length.to_string(),
-            timing.routine.clone(),
+            timing.routine.clone().unwrap_or_default(),
+            timing.far_share.map_or("-".to_string(), |share| format!("{:.1} %", share * 100.0)),
             format!("{:.3}", timing.median_ms),
             format!("{:.3}", timing.fastest_ms),
             timing.useful_gflops.map_or("-".to_string(), |rate| format!("{rate:.1}")),
@@ -391,4 +404,26 @@ fn print(report: &Report) {
         ]);
     }
     println!("{table}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn gates_keep_the_share_whatever_their_shape() {
+        for gates in [Gates::Random, Gates::Clustered, Gates::Skewed] {
+            let router = gates.router(16, 0.116, 1).unwrap();
+            let far = |head| (0..20_000).filter(|&token| router.route_of(head, token) == 1).count();
+            let by_head: Vec<usize> = (0..16).map(far).collect();
+            let share = by_head.iter().sum::<usize>() as f64 / 320_000.0;
+            assert!((share - 0.116).abs() < 0.01, "{}: {share}", gates.name());
+            let always = by_head.iter().filter(|&&far| far == 20_000).count();
+            assert_eq!(always, if gates == Gates::Skewed { 1 } else { 0 }, "{}", gates.name());
+            let flips = (1..20_000).filter(|&t| router.route_of(1, t) != router.route_of(1, t - 1)).count();
+            assert_eq!(flips < 20_000 / 64, gates == Gates::Clustered, "{}: {flips} flips", gates.name());
+        }
+        assert!(Gates::Skewed.router(16, 0.01, 1).is_err());
+        assert_eq!(Gates::Skewed.router(1, 0.2, 2), Gates::Random.router(1, 0.2, 2));
+    }
 }

@@ -7,7 +7,11 @@ use bifocal::{AttentionOperator, DeviceProfile, Element, Far, Full, Problem, Rou
 use clap::Args;
 use serde::Serialize;
 
-use crate::{DeviceName, output};
+use crate::{
+    DeviceName,
+    cache::{self, Kept},
+    output,
+};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -17,6 +21,13 @@ pub(crate) struct Options {
     /// Write what is found as JSON to this file (`-` for standard output).
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+#[derive(Serialize)]
+struct Findings {
+    /// None where compiled kernels are not kept.
+    kernel_cache: Option<Kept>,
+    devices: Vec<Finding>,
 }
 
 #[derive(Serialize)]
@@ -35,6 +46,8 @@ struct Found {
     plane_size: (u32, u32),
     max_units_per_cube: u32,
     shared_memory: usize,
+    /// Whether the runtime has compiled kernels to keep for later runs.
+    keeps_kernels: bool,
     support: Vec<Support>,
 }
 
@@ -50,7 +63,7 @@ struct Support {
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let findings: Vec<Finding> = DeviceName::ALL
+    let devices = DeviceName::ALL
         .into_iter()
         .filter(|device| options.device.is_none_or(|wanted| wanted == *device))
         .map(|device| Finding {
@@ -60,13 +73,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
                 .map_err(|error| error.to_string()),
         })
         .collect();
+    let findings = Findings { kernel_cache: Kept::now(), devices };
     if let Some(path) = &options.json {
         output::write_json(path, &findings)?;
     }
     if options.json.as_deref() != Some(std::path::Path::new("-")) {
         print(&findings);
     }
-    match options.device.and_then(|_| findings.first()?.found.as_ref().err()) {
+    match options.device.and_then(|_| findings.devices.first()?.found.as_ref().err()) {
         Some(reason) => anyhow::bail!("{reason}"),
         None => Ok(()),
     }
@@ -81,6 +95,7 @@ fn found(profile: &DeviceProfile) -> Found {
         plane_size: profile.plane_size,
         max_units_per_cube: profile.max_units_per_cube,
         shared_memory: profile.shared_memory,
+        keeps_kernels: bifocal::keeps_kernels(profile),
         support: support(profile),
     }
 }
@@ -110,9 +125,17 @@ fn support(profile: &DeviceProfile) -> Vec<Support> {
     support
 }
 
-fn print(findings: &[Finding]) {
-    let mut devices = output::table(["device", "name", "types", "units per cube", "plane", "shared memory"]);
-    for finding in findings {
+fn print(findings: &Findings) {
+    let mut devices = output::table([
+        "device",
+        "name",
+        "types",
+        "units per cube",
+        "plane",
+        "shared memory",
+        "keeps kernels",
+    ]);
+    for finding in &findings.devices {
         devices.add_row(match &finding.found {
             Ok(found) => vec![
                 finding.device.to_string(),
@@ -121,12 +144,13 @@ fn print(findings: &[Finding]) {
                 found.max_units_per_cube.to_string(),
                 format!("{} to {}", found.plane_size.0, found.plane_size.1),
                 format!("{} KiB", found.shared_memory / 1024),
+                if found.keeps_kernels { "yes" } else { "no" }.to_string(),
             ],
             Err(reason) => vec![finding.device.to_string(), format!("not here: {reason}")],
         });
     }
-    println!("{devices}");
-    for finding in findings {
+    println!("{devices}\n{}", cache::describe(findings.kernel_cache.as_ref()));
+    for finding in &findings.devices {
         let Ok(found) = &finding.found else { continue };
         let mut table = output::table(["operator", "routine", "type", "head dim", "can run"]);
         for row in &found.support {

@@ -1,12 +1,17 @@
-//! `bifocal`: doctor, demo, check, bench.
+//! `bifocal`: doctor, demo, check, warm, bench, compare.
 
 mod bench;
+mod cache;
 mod check;
+mod compare;
 mod demo;
 mod doctor;
 mod output;
+mod shape;
+mod timings;
+mod warm;
 
-use std::process::ExitCode;
+use std::{path::PathBuf, process::ExitCode};
 
 use clap::{Parser, Subcommand, ValueEnum};
 
@@ -16,6 +21,9 @@ use clap::{Parser, Subcommand, ValueEnum};
 struct Cli {
     #[command(subcommand)]
     command: Command,
+    /// Where compiled kernels are kept for later runs, or `off`; the user's cache folder unless given.
+    #[arg(long, global = true, env = "BIFOCAL_KERNEL_CACHE", value_name = "FOLDER")]
+    kernel_cache: Option<PathBuf>,
 }
 
 #[derive(Subcommand)]
@@ -26,8 +34,12 @@ enum Command {
     Demo(demo::Options),
     /// Check every property of the operators on a device.
     Check(check::Options),
+    /// Compile the kernels of a model's shapes, so that later runs only load them.
+    Warm(warm::Options),
     /// Time the operators at chosen shapes.
     Bench(bench::Options),
+    /// Join what `bench` and the scripts in benches/peers measured into a table and a plot.
+    Compare(compare::Options),
 }
 
 /// Where kernels run.
@@ -59,12 +71,15 @@ fn main() -> ExitCode {
         .with_writer(std::io::stderr)
         .init();
     output::quiet_driver_panics();
-    let done = match Cli::parse().command {
+    let Cli { command, kernel_cache } = Cli::parse();
+    let done = cache::turn_on(kernel_cache.as_deref()).and_then(|()| match command {
         Command::Doctor(options) => doctor::run(&options),
         Command::Demo(options) => demo::run(&options),
         Command::Check(options) => check::run(&options),
+        Command::Warm(options) => warm::run(&options),
         Command::Bench(options) => bench::run(&options),
-    };
+        Command::Compare(options) => compare::run(&options),
+    });
     match done {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {

@@ -118,6 +118,18 @@ pub enum Error {
         /// Where: the token.
         token: usize,
     },
+    /// Cumulative lengths of packed sequences do not count up from 0.
+    #[error("entry {at} of the cumulative {of} lengths is {found}, expected {expected}")]
+    Cumulative {
+        /// `query` or `key`.
+        of: &'static str,
+        /// Which entry.
+        at: usize,
+        /// The entry.
+        found: usize,
+        /// What it should be.
+        expected: String,
+    },
     /// Scores that are NaN cannot be routed.
     #[error("{count} of {total} routes are invalid: their scores are NaN")]
     InvalidScores {

@@ -4,9 +4,12 @@ use crate::{Element, Error, Result, Routine};
 ///
 /// Query is `[batch, heads, query_len, head_dim]`, key `[batch, kv_heads, key_len, head_dim]`, value
 /// `[batch, kv_heads, key_len, value_dim]`. Query head `h` reads kv head `h / (heads / kv_heads)`; the ratio is
-/// any whole number. All reaches are causal and bottom-right aligned: query `t` has position
-/// `t + key_len - query_len`, so that the queries are the last positions (as in FlashAttention, FlashInfer and
-/// Burn). A query with a negative position sees no key: its output is 0 and its log-sum-exp -inf.
+/// any whole number. Positions are bottom-right aligned: query `t` has position `t + key_len - query_len`, so that
+/// the queries are the last positions (as in FlashAttention, FlashInfer and Burn). A query that sees no key, as one
+/// with a negative position does under every causal [`Reach`](crate::Reach), has output 0 and log-sum-exp -inf.
+///
+/// Sequences of different lengths are packed into a batch of 1 (see [`Sequences`](crate::device::Sequences)); then
+/// the lengths are those of all sequences together.
 #[derive(Clone, Copy, Debug, PartialEq)]
 #[non_exhaustive]
 pub struct Problem {

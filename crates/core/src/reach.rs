@@ -4,7 +4,8 @@ use crate::Window;
 
 /// What a branch may see: which keys are visible to the query at position `i`.
 ///
-/// Every reach is causal. Positions are bottom-right aligned (see [`Problem`](crate::Problem)).
+/// Every reach but [`NonCausal`](Reach::NonCausal) is causal. Positions are bottom-right aligned (see
+/// [`Problem`](crate::Problem)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Reach {
@@ -26,24 +27,27 @@ pub enum Reach {
     },
     /// Every key up to the query's own: `j <= i`.
     All,
+    /// Every key, whatever the query's position: cross-attention and encoders (`is_causal=False`).
+    NonCausal,
 }
 
 impl Reach {
     /// Whether the query at `position` sees `key`. Both count from the first key; a query before the first
-    /// key (bottom-right alignment with fewer keys than queries) has a negative position and sees nothing.
+    /// key (bottom-right alignment with fewer keys than queries) has a negative position, and of the causal reaches
+    /// none shows it anything.
     pub fn sees(self, position: i64, key: i64) -> bool {
         let causal = (0..=position).contains(&key);
-        causal
-            && match self {
-                Reach::Window(window) => key > position - i64::from(window.keys()),
-                Reach::SinksAndWindow { sinks, window } => {
-                    key < i64::from(sinks) || key > position - i64::from(window.keys())
-                }
-                Reach::Far { sinks, window } => {
-                    key >= i64::from(sinks) && key <= position - i64::from(window.keys())
-                }
-                Reach::All => true,
+        match self {
+            Reach::Window(window) => causal && key > position - i64::from(window.keys()),
+            Reach::SinksAndWindow { sinks, window } => {
+                causal && (key < i64::from(sinks) || key > position - i64::from(window.keys()))
             }
+            Reach::Far { sinks, window } => {
+                causal && key >= i64::from(sinks) && key <= position - i64::from(window.keys())
+            }
+            Reach::All => causal,
+            Reach::NonCausal => key >= 0,
+        }
     }
 
     /// How many of `key_len` keys the query at `position` sees.
@@ -57,6 +61,7 @@ impl Reach {
             }
             Reach::Far { sinks, window } => (past(window) - i64::from(sinks)).max(0),
             Reach::All => causal,
+            Reach::NonCausal => key_len as i64,
         };
         keys as usize
     }
@@ -70,6 +75,7 @@ impl fmt::Display for Reach {
             Reach::Far { sinks: 0, window } => write!(f, "Far beyond {window}"),
             Reach::Far { sinks, window } => write!(f, "Far beyond Sinks({sinks}) + {window}"),
             Reach::All => f.write_str("All"),
+            Reach::NonCausal => f.write_str("NonCausal"),
         }
     }
 }
@@ -87,7 +93,7 @@ mod tests {
                 let near = Reach::SinksAndWindow { sinks, window };
                 let far = Reach::Far { sinks, window };
                 for position in -2..17 {
-                    for reach in [near, far, Reach::Window(window), Reach::All] {
+                    for reach in [near, far, Reach::Window(window), Reach::All, Reach::NonCausal] {
                         let seen = (0..17).filter(|&key| reach.sees(position, key)).count();
                         assert_eq!(reach.visible(position, key_len), seen, "{reach} at {position}");
                     }

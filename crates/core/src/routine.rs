@@ -2,20 +2,21 @@ use core::fmt;
 
 use crate::Element;
 
-/// One way to run an operator. Later routines (tensor cores) join the list; callers that match on it need a
-/// wildcard.
+/// One way to run an operator. Later routines join the list; callers that match on it need a wildcard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Routine {
     /// Hopper's warpgroup products, fed by bulk copies. f16 and bf16.
     Wgmma,
+    /// Products of a warp on tensor cores, fed by asynchronous copies: NVIDIA GPUs since Ampere. f16 and bf16.
+    Mma,
     /// Plain vector arithmetic: no planes, no shared memory, no synchronisation. Runs on every runtime.
     Portable,
 }
 
 impl Routine {
     /// Every routine, fastest first.
-    pub const ALL: [Routine; 2] = [Routine::Wgmma, Routine::Portable];
+    pub const ALL: [Routine; 3] = [Routine::Wgmma, Routine::Mma, Routine::Portable];
 }
 
 impl core::str::FromStr for Routine {
@@ -33,6 +34,7 @@ impl fmt::Display for Routine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
             Routine::Wgmma => "wgmma",
+            Routine::Mma => "mma",
             Routine::Portable => "portable",
         })
     }

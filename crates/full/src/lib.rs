@@ -1,4 +1,4 @@
-//! Far vision: attention over the whole causal past, or over the part of it that a window does not see.
+//! Far vision: attention over the whole causal past, over the part of it that a window does not see, or over everything.
 
 use bifocal_core::{
     DeviceProfile, Problem, Reach, Refusal, Result, Routine, Window,
@@ -12,6 +12,13 @@ use cubecl::client::Client;
 /// with a causal mask). The branch that AHA and L2A route tokens to.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Full;
+
+/// Softmax attention of every query over every key, whatever their positions: no causal mask.
+///
+/// `out_i = sum_j softmax_j(scale q_i . k_j) v_j` over all `j` (Vaswani et al., arXiv 1706.03762, section 3.2.1).
+/// Cross-attention and encoders; `is_causal=False` of torch SDPA, `causal=False` of flash-attn.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct NonCausal;
 
 /// Softmax attention over the keys that a window, and sink tokens beside it, leave out: `sinks <= j <= i - n`.
 ///
@@ -34,7 +41,7 @@ impl Far {
     }
 }
 
-/// Both operators differ in their name and reach alone.
+/// The operators differ in their name and reach alone.
 macro_rules! operator {
     ($operator:ty, $name:literal, |$this:ident| $reach:expr) => {
         impl AttentionOperator for $operator {
@@ -71,4 +78,5 @@ macro_rules! operator {
 }
 
 operator!(Full, "full", |_this| Reach::All);
+operator!(NonCausal, "non-causal", |_this| Reach::NonCausal);
 operator!(Far, "far", |this| Reach::Far { sinks: this.sinks, window: this.window });

@@ -61,8 +61,8 @@ impl<F: Float> Partial<F> {
 /// Softmax attention of every query over the keys that `reach` lets it see (arXiv 1706.03762, section 3.2.1).
 ///
 /// `q` is `[B, H, Tq, D]`, `k` `[B, Hk, Tk, D]`, `v` `[B, Hk, Tk, Dv]`. Query head `h` reads kv head
-/// `h / (H / Hk)` (grouped queries, arXiv 2305.13245). Query `t` has position `t + Tk - Tq`; a negative
-/// position sees nothing. A NaN in a key or a value reaches exactly the rows that see it.
+/// `h / (H / Hk)` (grouped queries, arXiv 2305.13245). Query `t` has position `t + Tk - Tq`; a causal reach shows a
+/// negative position nothing. A NaN in a key or a value reaches exactly the rows that see it.
 ///
 /// # Panics
 /// When shapes do not fit each other or H is not a multiple of Hk.
@@ -139,14 +139,17 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
-    use crate::samples::{assert_close, case, noise, tokens};
+    use crate::{
+        ragged::tokens,
+        samples::{assert_close, case, noise},
+    };
 
     fn tiny() -> [Array<f64, 4>; 3] {
         let column = |data: [f64; 2]| Array::new([1, 1, 2, 1], data.to_vec());
         [column([1.0, 1.0]), column([0.0, 3.0_f64.ln()]), column([10.0, 20.0])]
     }
 
-    fn reaches(window: usize, sinks: u32) -> [Reach; 4] {
+    fn causal_reaches(window: usize, sinks: u32) -> [Reach; 4] {
         let window = Window::new(window).unwrap();
         let near = Reach::SinksAndWindow { sinks, window };
         [Reach::Window(window), near, Reach::Far { sinks, window }, Reach::All]
@@ -210,6 +213,20 @@ mod tests {
     }
 
     #[test]
+    fn without_causality_every_query_sees_every_key() {
+        // Fewer keys than queries and more; equal scores give the mean of all values.
+        for (query_len, key_len) in [(3, 2), (1, 4)] {
+            let q = Array::filled([1, 1, query_len, 2], 0.0);
+            let (k, v) = (noise([1, 1, key_len, 2], 1), noise([1, 1, key_len, 1], 2));
+            let partial = attention(&q, &k, &v, Reach::NonCausal, &Options::new(2));
+            let mean = v.as_slice().iter().sum::<f64>() / key_len as f64;
+            assert_abs_diff_eq!(partial.out.as_slice(), vec![mean; query_len].as_slice(), epsilon = 1e-14);
+            let lse = vec![(key_len as f64).ln(); query_len];
+            assert_abs_diff_eq!(partial.lse.as_slice(), lse.as_slice(), epsilon = 1e-14);
+        }
+    }
+
+    #[test]
     fn rows_that_are_not_asked_for_are_not_computed() {
         let (q, k, v) = (noise([1, 2, 4, 2], 0), noise([1, 1, 4, 2], 1), noise([1, 1, 4, 2], 2));
         let options = Options::new(2);
@@ -261,7 +278,7 @@ mod tests {
 
         #[test]
         fn queries_in_chunks_are_queries_at_once(c in case(), chunk in 1_usize..6) {
-            for reach in reaches(c.window, c.sinks) {
+            for reach in causal_reaches(c.window, c.sinks) {
                 let whole = c.attention(reach);
                 for start in (0..c.tokens).step_by(chunk) {
                     let end = (start + chunk).min(c.tokens);
@@ -281,7 +298,7 @@ mod tests {
             let spoil = |x: &Array<f64, 4>| {
                 Array::from_fn(x.shape(), |i| if i[2] == at { f64::NAN } else { x[i] })
             };
-            for reach in reaches(c.window, c.sinks) {
+            for reach in causal_reaches(c.window, c.sinks).into_iter().chain([Reach::NonCausal]) {
                 let clean = c.attention(reach);
                 let key = attention(&c.q, &spoil(&c.k), &c.v, reach, &c.options());
                 let value = attention(&c.q, &c.k, &spoil(&c.v), reach, &c.options());
@@ -307,7 +324,7 @@ mod tests {
             let blind = |x: &Array<f64, 4>| {
                 Array::from_fn(x.shape(), |i| if i[2] >= cut { f64::NAN } else { x[i] })
             };
-            for reach in reaches(c.window, c.sinks) {
+            for reach in causal_reaches(c.window, c.sinks) {
                 let partial = attention(&c.q, &blind(&c.k), &blind(&c.v), reach, &c.options());
                 prop_assert_eq!(tokens(&partial.out, 0..cut), tokens(&c.attention(reach).out, 0..cut));
             }

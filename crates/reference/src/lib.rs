@@ -35,6 +35,7 @@ mod combine;
 mod layers;
 mod norm;
 mod plan;
+mod ragged;
 mod rope;
 mod router;
 
@@ -47,5 +48,6 @@ pub use combine::{mask, merge, mix, select};
 pub use layers::{AhaLayer, L2aLayer, LayerOutput, MultiWindowLayer, Projections, QkNorm};
 pub use norm::rms_norm;
 pub use plan::{INVALID_ROW, Plan, lists};
+pub use ragged::ragged_attention_where;
 pub use rope::rope;
 pub use router::{INVALID_ROUTE, SigmoidGate, linear, linear_choice, softmax_choice};

@@ -27,10 +27,7 @@ mod tests {
     use approx::assert_abs_diff_eq;
 
     use super::*;
-    use crate::{
-        array::dot,
-        samples::{noise, tokens},
-    };
+    use crate::{array::dot, ragged::tokens, samples::noise};
 
     #[test]
     fn quarter_turns_by_hand() {

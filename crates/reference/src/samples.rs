@@ -1,7 +1,5 @@
 //! Inputs for the tests of this crate.
 
-use core::ops::Range;
-
 use approx::assert_abs_diff_eq;
 use bifocal_core::Reach;
 use proptest::prelude::*;
@@ -27,12 +25,6 @@ pub(crate) fn noisy_routes(shape: [usize; 3], reaches: usize, invalid: bool, see
         let unit = 0.5 * (x + 1.0);
         if invalid && unit > 0.9 { u8::MAX } else { (unit * reaches as f64) as u8 }
     })
-}
-
-/// Some tokens of `[B, H, T, D]`.
-pub(crate) fn tokens(x: &Array<f64, 4>, range: Range<usize>) -> Array<f64, 4> {
-    let [batch, heads, _, dim] = x.shape();
-    Array::from_fn([batch, heads, range.len(), dim], |[b, h, t, d]| x[[b, h, range.start + t, d]])
 }
 
 /// Equal within 1e-12, in outputs and log-sum-exps, infinities included.

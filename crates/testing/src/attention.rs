@@ -1,14 +1,14 @@
 //! What attention operators and the systems composed of them satisfy.
 
 use bifocal::{
-    Aha, AttentionOperator, Element, Far, Full, L2a, MultiWindow, Partial, Reach, Rows, Tensor, Window,
-    Windowed,
+    Aha, AttentionOperator, Element, Far, Full, L2a, MultiWindow, NonCausal, Partial, Reach, Rows, Tensor,
+    Window, Windowed,
 };
 use proptest::prelude::*;
 
 use crate::{
     Device, Effort, Property,
-    case::{Case, cases, reaches, routings, windows},
+    case::{Case, cases, causal_reaches, reaches, routings, windows},
     compare::{Expected, Read, agree, run},
     everywhere,
     inputs::{Data, HostRoutes, OnDevice},
@@ -27,6 +27,12 @@ pub(crate) const PROPERTIES: &[Property] = &[
         claim: "head dim 256 gives the oracle's output and log-sum-exp",
         applies: everywhere,
         run: wide_heads_equal_the_oracle,
+    },
+    Property {
+        name: "non_causal_equals_the_oracle",
+        claim: "without a causal mask every query sees every key, whatever the two lengths",
+        applies: everywhere,
+        run: non_causal_equals_the_oracle,
     },
     Property {
         name: "long_windows_are_full",
@@ -114,12 +120,13 @@ fn operator(reach: Reach) -> Box<dyn AttentionOperator> {
         Reach::Window(window) => Box::new(Windowed::new(window)),
         Reach::SinksAndWindow { sinks, window } => Box::new(Windowed::new(window).with_sinks(sinks)),
         Reach::Far { sinks, window } => Box::new(Far::beyond(window).with_sinks(sinks)),
+        Reach::NonCausal => Box::new(NonCausal),
         _ => Box::new(Full),
     }
 }
 
 /// Runs an operator on all rows into a poisoned partial.
-fn attend(device: &Device, case: &Case, on: &OnDevice, reach: Reach) -> Result<Read, String> {
+pub(crate) fn attend(device: &Device, case: &Case, on: &OnDevice, reach: Reach) -> Result<Read, String> {
     let partial = run(attend_partial(device, case, on, reach))?;
     run(Read::new(&device.client, &partial))
 }
@@ -144,12 +151,23 @@ fn wide_heads_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), St
     // One element type, so that one kernel is compiled however many cases there are.
     refute(effort, (cases(&device.profile), windows()), |(case, window)| {
         let case = Case { head_dim: 256, value_dim: 256, softcap: false, sink_logits: false, ..case };
-        let case = Case { element: Element::F32, out_f32: true, ..case };
+        let case = Case { element: Element::F32, out_f32: true, routine: None, ..case };
         let data = Data::new(&case);
         let on = run(data.upload(&device.client))?;
         let reach = Reach::Window(window);
         let read = attend(device, &case, &on, reach)?;
         Expected::new(&case, &data, |_, _, _| Some(reach)).accepts(&read)
+    })
+}
+
+fn non_causal_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
+    refute(effort, (cases(&device.profile), 0..3u8, 1..150usize), |(case, kind, key_len)| {
+        // Cross-attention: keys are as many as they like, often fewer than queries.
+        let case = if kind == 0 { case } else { Case { key_len, ..case } };
+        let data = Data::new(&case);
+        let on = run(data.upload(&device.client))?;
+        let read = attend(device, &case, &on, Reach::NonCausal)?;
+        Expected::new(&case, &data, |_, _, _| Some(Reach::NonCausal)).accepts(&read)
     })
 }
 
@@ -173,14 +191,7 @@ fn the_future_never_matters(device: &Device, effort: Effort) -> Result<(), Strin
     let strategy = (cases(&device.profile), reaches(), any::<prop::sample::Index>(), any::<bool>());
     refute(effort, strategy, |(case, reach, at, in_key)| {
         let mut data = Data::new(&case);
-        let token = at.index(case.key_len);
-        let (values, dim) = match in_key {
-            true => (&mut data.key, case.head_dim),
-            false => (&mut data.value, case.value_dim),
-        };
-        for row in values.chunks_mut(case.key_len * dim) {
-            row[token * dim..][..dim].fill(f32::NAN);
-        }
+        data.spoil(at.index(case.key_len), in_key);
         let on = run(data.upload(&device.client))?;
         let read = attend(device, &case, &on, reach)?;
         // A NaN value leaves scores, and with them the log-sum-exp, as they are; the oracle knows.
@@ -201,14 +212,15 @@ fn near_and_far_merge_to_full(device: &Device, effort: Effort) -> Result<(), Str
     })
 }
 
-/// Rows `from..to` of every `[batch, head]` of a row-major `[.., rows, width]`.
-fn rows(values: &[f32], rows: usize, width: usize, range: std::ops::Range<usize>) -> Vec<f32> {
+/// Rows of a range of every `[batch, head]` of a row-major `[.., rows, width]`.
+pub(crate) fn rows(values: &[f32], rows: usize, width: usize, range: std::ops::Range<usize>) -> Vec<f32> {
     let heads = values.chunks(rows * width);
     heads.flat_map(|head| head[range.start * width..range.end * width].iter().copied()).collect()
 }
 
 fn chunks_equal_at_once(device: &Device, effort: Effort) -> Result<(), String> {
-    let strategy = (cases(&device.profile), reaches(), any::<prop::sample::Index>());
+    // Without causality a chunk would see keys of later ones.
+    let strategy = (cases(&device.profile), causal_reaches(), any::<prop::sample::Index>());
     refute(effort, strategy, |(case, reach, cut)| {
         let case = Case { key_len: case.key_len.max(case.query_len), ..case };
         let data = Data::new(&case);
@@ -285,6 +297,7 @@ fn strides_do_not_matter(device: &Device, effort: Effort) -> Result<(), String> 
             key: run(strided(&data.key, data.key_shape(), broadcast))?,
             value: run(strided(&data.value, data.value_shape(), broadcast))?,
             sinks: run(data.upload(client))?.sinks,
+            sequences: None,
         };
         let problem = case.problem();
         let shape = problem.out_shape();
@@ -339,7 +352,7 @@ fn two_runs_agree_bit_for_bit(device: &Device, effort: Effort) -> Result<(), Str
     })
 }
 
-fn aha(
+pub(crate) fn aha(
     device: &Device,
     case: &Case,
     on: &OnDevice,
@@ -353,7 +366,7 @@ fn aha(
     run(Read::new(&device.client, &partial))
 }
 
-fn near_or_far(far: bool, window: Window) -> Option<Reach> {
+pub(crate) fn near_or_far(far: bool, window: Window) -> Option<Reach> {
     Some(if far { Reach::All } else { Reach::Window(window) })
 }
 

@@ -1,5 +1,7 @@
 //! What is drawn: the shapes that hurt, reaches, routes.
 
+use std::ops::Range;
+
 use bifocal::{DeviceProfile, Element, Problem, Reach, Routine, Window};
 use proptest::{prelude::*, sample::select};
 
@@ -11,6 +13,8 @@ pub(crate) struct Case {
     pub(crate) group: usize,
     pub(crate) query_len: usize,
     pub(crate) key_len: usize,
+    /// The sequences that are packed into the batch, if they are.
+    pub(crate) packed: Option<Packed>,
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
     pub(crate) element: Element,
@@ -25,6 +29,33 @@ pub(crate) struct Case {
     /// Standard deviation of queries: large ones make softmax nearly one-hot.
     pub(crate) magnitude: f32,
     pub(crate) seed: u64,
+}
+
+/// Cumulative lengths of packed sequences.
+#[derive(Clone, Debug)]
+pub(crate) struct Packed {
+    pub(crate) queries: Vec<usize>,
+    pub(crate) keys: Vec<usize>,
+}
+
+impl Packed {
+    fn new(lengths: &[(usize, usize)]) -> Self {
+        let ends = |length: fn(&(usize, usize)) -> usize| {
+            let mut end = 0;
+            let ends = lengths.iter().map(|pair| {
+                end += length(pair);
+                end
+            });
+            [0].into_iter().chain(ends).collect()
+        };
+        Self { queries: ends(|&(queries, _)| queries), keys: ends(|&(_, keys)| keys) }
+    }
+
+    /// Which queries and which keys each sequence has.
+    pub(crate) fn ranges(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let range = |pair: &[usize]| pair[0]..pair[1];
+        self.queries.windows(2).zip(self.keys.windows(2)).map(move |(q, k)| (range(q), range(k)))
+    }
 }
 
 impl Case {
@@ -81,33 +112,67 @@ pub(crate) fn cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + us
     let numbers = (dims, any::<bool>(), elements, any::<bool>());
     let magnitudes = select(vec![1.0f32, 1.0, 1.0, 30.0, 3000.0]);
     let options = (0..4u8, 0..4u8, 0..4u8, magnitudes, any::<u64>());
+    let profile = profile.clone();
     (shape, numbers, options).prop_map(move |(shape, numbers, options)| {
         let (batch, kv_heads, group, query_len, other_len, lengths) = shape;
         let (head_dim, same_dim, element, out_f32) = numbers;
-        let (softcap, sink_logits, portable, magnitude, seed) = options;
+        let (softcap, sink_logits, routine, magnitude, seed) = options;
         // Mostly self-attention; sometimes a longer or a shorter past.
         let key_len = match lengths {
             0 => query_len + other_len,
             1 => other_len,
             _ => query_len,
         };
-        Case {
+        let case = Case {
             batch,
             kv_heads,
             group,
             query_len,
             key_len,
+            packed: None,
             head_dim,
             value_dim: if same_dim { head_dim } else { 64 },
             element,
             out_f32,
             softcap: softcap == 0,
             sink_logits: sink_logits == 0,
-            routine: (portable == 0).then_some(Routine::Portable),
+            routine: (routine == 0).then_some(Routine::Portable),
             tensor_cores,
             magnitude,
             seed,
+        };
+        // On Hopper nothing is computed by `mma` unless it is asked for.
+        let by_mma = Case { routine: Some(Routine::Mma), ..case.clone() };
+        let runs = bifocal_tile::supports(Routine::Mma, &by_mma.problem(), &profile).is_ok();
+        if routine == 1 && runs { by_mma } else { case }
+    })
+}
+
+/// Cases whose batch is made of packed sequences: as many keys as queries, more, fewer, none of either.
+pub(crate) fn packed_cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + use<> {
+    let large = if profile.cuda_arch.is_some() { 2 } else { 0 };
+    let length = prop_oneof![
+        2 => Just(0usize),
+        2 => Just(1usize),
+        4 => 2..20usize,
+        2 => 30..36usize,
+        1 => 60..100usize,
+        large => 120..300usize,
+    ];
+    let sequence = (length.clone(), length, 0..4u8).prop_map(|(queries, other, kind)| match kind {
+        0 => (queries, queries + other),
+        1 => (queries, other),
+        _ => (queries, queries),
+    });
+    let sequences = prop::collection::vec(sequence, 1..8);
+    (cases(profile), sequences).prop_map(|(case, mut lengths)| {
+        // A problem has a query and a key.
+        if lengths.iter().all(|&(queries, _)| queries == 0) || lengths.iter().all(|&(_, keys)| keys == 0) {
+            lengths.push((1, 1));
         }
+        let packed = Packed::new(&lengths);
+        let (query_len, key_len) = (packed.queries[lengths.len()], packed.keys[lengths.len()]);
+        Case { batch: 1, query_len, key_len, packed: Some(packed), ..case }
     })
 }
 
@@ -119,6 +184,11 @@ pub(crate) fn windows() -> impl Strategy<Value = Window> {
 
 /// Every kind of reach.
 pub(crate) fn reaches() -> impl Strategy<Value = Reach> {
+    prop_oneof![8 => causal_reaches(), 1 => Just(Reach::NonCausal)]
+}
+
+/// Every kind of reach that depends on the query's position.
+pub(crate) fn causal_reaches() -> impl Strategy<Value = Reach> {
     let sinks = prop_oneof![Just(0u32), 1..6u32, 20..120u32];
     prop_oneof![
         3 => windows().prop_map(Reach::Window),

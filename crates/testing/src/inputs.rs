@@ -1,12 +1,12 @@
 //! Data for a case: on the device, and the same rounded numbers for the oracle.
 
 use bifocal::cubecl::client::Client;
-use bifocal::{Element, Inputs, Reach, RouteGeometry, Routes, Tensor};
-use bifocal_reference::{Array, Options, Partial};
+use bifocal::{Element, Inputs, Reach, RouteGeometry, Routes, Sequences, Tensor};
+use bifocal_reference::{Array, Options, Partial, attention_where, ragged_attention_where};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-use crate::case::{Case, Routing, Spread};
+use crate::case::{Case, Packed, Routing, Spread};
 
 /// Rounds to an element type, as the device does.
 pub(crate) fn round(element: Element, x: f32) -> f32 {
@@ -42,6 +42,17 @@ impl Data {
         }
     }
 
+    /// Makes a token's keys NaN, or its values.
+    pub(crate) fn spoil(&mut self, token: usize, in_key: bool) {
+        let (values, dim) = match in_key {
+            true => (&mut self.key, self.case.head_dim),
+            false => (&mut self.value, self.case.value_dim),
+        };
+        for head in values.chunks_mut(self.case.key_len * dim) {
+            head[token * dim..][..dim].fill(f32::NAN);
+        }
+    }
+
     pub(crate) fn query_shape(&self) -> [usize; 4] {
         let case = &self.case;
         [case.batch, case.heads(), case.query_len, case.head_dim]
@@ -67,6 +78,10 @@ impl Data {
                 Some(sinks) => Some(Tensor::from_f32(client, [sinks.len()], Element::F32, sinks)?),
                 None => None,
             },
+            sequences: match &self.case.packed {
+                Some(packed) => Some(Sequences::from_host(client, &packed.queries, &packed.keys)?),
+                None => None,
+            },
         })
     }
 
@@ -85,13 +100,15 @@ impl Data {
             sink_logits: self.sinks.as_ref().map(|sinks| sinks.iter().map(cast).collect()),
             round_weight,
         };
-        bifocal_reference::attention_where(
-            &array(self.query_shape(), &self.query),
-            &array(self.key_shape(), &self.key),
-            &array(self.value_shape(), &self.value),
-            &options,
-            reach_of,
-        )
+        let q = array(self.query_shape(), &self.query);
+        let k = array(self.key_shape(), &self.key);
+        let v = array(self.value_shape(), &self.value);
+        match &self.case.packed {
+            Some(Packed { queries, keys }) => {
+                ragged_attention_where(&q, &k, &v, (queries, keys), &options, |h, t| reach_of(0, h, t))
+            }
+            None => attention_where(&q, &k, &v, &options, reach_of),
+        }
     }
 }
 
@@ -101,13 +118,17 @@ pub(crate) struct OnDevice {
     pub(crate) key: Tensor<4>,
     pub(crate) value: Tensor<4>,
     pub(crate) sinks: Option<Tensor<1>>,
+    pub(crate) sequences: Option<Sequences>,
 }
 
 impl OnDevice {
     pub(crate) fn inputs(&self) -> Inputs<'_> {
-        let inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
-        match &self.sinks {
-            Some(sinks) => inputs.with_sink_logits(sinks.view()),
+        let mut inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
+        if let Some(sinks) = &self.sinks {
+            inputs = inputs.with_sink_logits(sinks.view());
+        }
+        match &self.sequences {
+            Some(sequences) => inputs.with_sequences(sequences),
             None => inputs,
         }
     }

@@ -9,6 +9,7 @@ mod attention;
 mod case;
 mod compare;
 mod inputs;
+mod packed;
 mod routing;
 mod tensor_cores;
 
@@ -85,10 +86,11 @@ impl Property {
     }
 }
 
-/// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; last, the
-/// instructions that kernels are made of.
+/// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
+/// sequences; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
-    routing::PROPERTIES.iter().chain(attention::PROPERTIES).chain(tensor_cores::PROPERTIES)
+    let parts = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES, tensor_cores::PROPERTIES];
+    parts.into_iter().flatten()
 }
 
 /// The property of that name.

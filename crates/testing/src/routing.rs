@@ -233,12 +233,21 @@ fn choices_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), Strin
 }
 
 fn assigned_routes_are_as_told(device: &Device, effort: Effort) -> Result<(), String> {
-    let strategy = (router_cases(device, 1..2), 1..5usize, any::<u32>());
-    refute(effort, strategy, |(case, reaches, seed)| {
+    let bursts = prop_oneof![Just(1u32), Just(64), 2..9u32];
+    let strategy = (router_cases(device, 1..2), 1..5usize, bursts, any::<u32>());
+    refute(effort, strategy, |(case, reaches, burst, seed)| {
         let client = &device.client;
         let hidden = run(Tensor::filled(client, case.hidden_shape(), Element::F32, 0.0))?;
         let shares = vec![1.0 / reaches as f64; reaches];
-        let random = run(RandomRouter::new(case.heads, &shares, seed))?;
+        let random = match reaches {
+            // Gates may treat every head in its own way.
+            2 => {
+                let share = |head| head as f64 / case.heads as f64;
+                RandomRouter::gate_by_head(&(0..case.heads).map(share).collect::<Vec<_>>(), seed)
+            }
+            _ => RandomRouter::new(case.heads, &shares, seed),
+        };
+        let random = run(random.and_then(|router| router.with_bursts(burst)))?;
         let decision = run(random.route(client, hidden.view()))?;
         let routes = run(decision.routes.to_host(client))?;
         let told: Vec<u8> = (0..case.batch * case.heads)

@@ -2,8 +2,8 @@
 
 use bifocal::{
     Aha, AttentionOperator, Element, Error, Full, Inputs, L2a, LinearChoice, LinearGate, MultiWindow,
-    Partial, Plan, Problem, RouteGeometry, Router, Routes, Rows, Tensor, Threshold, Window, Windowed,
-    cubecl::client::Client,
+    Partial, Plan, Problem, RouteGeometry, Router, Routes, Rows, Sequences, Tensor, Threshold, Window,
+    Windowed, cubecl::client::Client,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -202,6 +202,52 @@ fn reaches_without_a_branch() {
     // L2A takes the last reach, however many there are.
     assert!(L2a::new(window).global(&client, &problem, &inputs, &routes).is_ok());
     assert!(Windowed::new(window).choose(&problem, &bifocal::DeviceProfile::of(&client)).is_ok());
+}
+
+#[test]
+fn lengths_that_do_not_count_up_from_0() {
+    let client = cpu();
+    let error = |queries: &[usize], keys: &[usize]| {
+        Sequences::from_host(&client, queries, keys).expect_err("impossible lengths")
+    };
+    let good = [0, 3, 8];
+    let found = error(&[0, 5, 3, 8], &[0, 3, 3, 8]);
+    assert_eq!(found.to_string(), "entry 2 of the cumulative query lengths is 3, expected at least 5");
+    let found = error(&good, &[1, 3, 8]);
+    assert_eq!(found.to_string(), "entry 0 of the cumulative key lengths is 1, expected 0");
+    for few in [&[][..], &[0]] {
+        assert!(matches!(error(few, &good), Error::EmptyDimension { .. }));
+        assert!(matches!(error(&good, few), Error::EmptyDimension { .. }));
+    }
+    assert!(matches!(error(&good, &[0, 8]), Error::Shape { .. }));
+    assert!(matches!(error(&[0, 1 << 40], &[0, 1]), Error::TooLarge { .. }));
+}
+
+#[test]
+fn sequences_of_another_problem() {
+    let client = cpu();
+    let sequences = |queries: &[usize], keys: &[usize]| {
+        Sequences::from_host(&client, queries, keys).expect("possible lengths")
+    };
+    let attend = |batch: usize, sequences: &Sequences| {
+        let q = tensor(&client, [batch, 1, 8, 32]);
+        let inputs = Inputs::new(q.view(), q.view(), q.view()).with_sequences(sequences);
+        let problem = inputs.problem().expect("a possible problem");
+        let partial = Partial::empty(&client, &problem, Element::F32);
+        Full.attend(&client, &problem, &inputs, Rows::All, &partial)
+    };
+    assert!(attend(1, &sequences(&[0, 3, 8], &[0, 8, 8])).is_ok());
+    let error = attend(2, &sequences(&[0, 3, 8], &[0, 3, 8])).expect_err("a batch of 2");
+    assert_eq!(error.to_string(), "the batch of packed sequences is 2, expected 1");
+    for (queries, keys) in [([0, 3, 7], [0, 3, 8]), ([0, 3, 8], [0, 3, 9]), ([0, 0, 0], [0, 0, 8])] {
+        let error = attend(1, &sequences(&queries, &keys)).expect_err("lengths that end elsewhere");
+        assert!(matches!(error, Error::Shape { tensor: "the packed sequences", .. }), "{error}");
+    }
+    if let Ok(other) = bifocal::open("wgpu").map(Settled) {
+        let elsewhere = Sequences::from_host(&other, &[0, 8], &[0, 8]).expect("possible lengths");
+        let error = attend(1, &elsewhere).expect_err("two devices");
+        assert!(matches!(error, Error::DeviceMismatch { .. }), "{error}");
+    }
 }
 
 #[test]

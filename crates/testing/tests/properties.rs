@@ -62,6 +62,7 @@ on_every_device! {
     combinations_equal_the_oracle
     attention_equals_the_oracle
     wide_heads_equal_the_oracle
+    non_causal_equals_the_oracle
     long_windows_are_full
     the_future_never_matters
     near_and_far_merge_to_full
@@ -75,6 +76,10 @@ on_every_device! {
     unrouted_rows_stay_untouched
     multi_window_equals_the_oracle
     l2a_equals_the_oracle
+    packed_sequences_equal_the_oracle
+    packed_sequences_equal_one_by_one
+    packed_sequences_never_mix
+    routed_packed_sequences_equal_the_oracle
     warpgroup_products_are_plain_sums
 }
 

@@ -1,4 +1,4 @@
-//! Writes the CUDA C++ of every tensor-core kernel in the choice table into a folder, one file per kernel, named
+//! Writes the CUDA C++ of every tensor-core kernel in the choice tables into a folder, one file per kernel, named
 //! after the kernel and the architecture it is for. Needs no GPU; `./dev kernels` compiles what this writes.
 
 use std::{fs, path::PathBuf, process::ExitCode};
@@ -12,7 +12,7 @@ fn main() -> ExitCode {
     let written = fs::create_dir_all(&folder).map_err(|error| error.to_string()).and_then(|()| {
         bifocal_tile::sources(&part).try_for_each(|kernel| {
             let (name, source) = kernel?;
-            fs::write(folder.join(format!("{name}.sm_90a.cu")), source).map_err(|error| error.to_string())
+            fs::write(folder.join(format!("{name}.cu")), source).map_err(|error| error.to_string())
         })
     });
     match written {

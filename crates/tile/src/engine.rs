@@ -1,14 +1,14 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Inputs, Partial, Rows},
+    device::{Inputs, Partial, Rows, Sequences},
 };
 use cubecl::{client::Client, server::Handle};
 
-use crate::{portable, visibility::Visibility, wgmma};
+use crate::{mma, portable, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma};
 
 /// Rows per work item on a device: what a dispatch plan cuts its lists into.
 pub fn item_rows(profile: &DeviceProfile) -> u32 {
-    if profile.cuda_arch == Some(90) { wgmma::ITEM_ROWS } else { portable::lanes(profile) }
+    if profile.cuda_arch.is_some_and(|arch| arch >= 80) { ITEM_ROWS } else { portable::lanes(profile) }
 }
 
 /// Whether `routine` can run `problem` on a device with this profile; if not, why.
@@ -21,6 +21,7 @@ pub fn supports(routine: Routine, problem: &Problem, profile: &DeviceProfile) ->
     }
     match routine {
         Routine::Wgmma => wgmma::supports(problem, profile),
+        Routine::Mma => mma::supports(problem, profile),
         Routine::Portable => portable::supports(problem, profile),
         _ => Err(Refusal::NotImplemented),
     }
@@ -32,6 +33,8 @@ pub(crate) struct Work<'a> {
     pub(crate) visibility: Visibility,
     pub(crate) window: i32,
     pub(crate) sinks: i32,
+    /// The bounds of every query token, where the batch is ragged.
+    pub(crate) sequences: Option<&'a Handle>,
     pub(crate) routed: bool,
     pub(crate) rows: &'a Handle,
     pub(crate) items: &'a Handle,
@@ -54,6 +57,7 @@ impl<'a> Work<'a> {
             .ok_or_else(|| Error::option("reach", reach, "a reach that this engine knows"))?;
         let lists = problem.batch * problem.kv_heads;
         let unused = inputs.query.handle();
+        let sequences = inputs.sequences.map(Sequences::bounds);
         let work = match rows {
             Rows::All => {
                 let item_rows = match routine {
@@ -64,6 +68,7 @@ impl<'a> Work<'a> {
                     visibility,
                     window,
                     sinks,
+                    sequences,
                     routed: false,
                     rows: unused,
                     items: unused,
@@ -87,6 +92,7 @@ impl<'a> Work<'a> {
                     visibility,
                     window,
                     sinks,
+                    sequences,
                     routed: true,
                     rows: routed.rows,
                     items: routed.items,
@@ -133,6 +139,14 @@ pub fn attend(
                 Ok(()) => {
                     let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
                     wgmma::launch(client, &profile, problem, inputs, &work, partial);
+                    return Ok(routine);
+                }
+                Err(refusal) => refusal,
+            },
+            (Ok(()), Routine::Mma) => match mma::takes(inputs, partial) {
+                Ok(()) => {
+                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
+                    mma::launch(client, problem, inputs, &work, partial);
                     return Ok(routine);
                 }
                 Err(refusal) => refusal,

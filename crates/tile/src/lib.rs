@@ -2,14 +2,28 @@
 //! ([`Reach`](bifocal_core::Reach)) and by how rows are found (all of them, or those of a dispatch plan).
 //!
 //! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`]. A routine is a folder: its blueprint says
-//! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the routines on
-//! tensor cores share is in `tensor_core`.
+//! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the
+//! routines on tensor cores share is in `tensor_core`.
 
 mod engine;
+mod mma;
 mod portable;
 mod tensor_core;
 mod visibility;
 mod wgmma;
 
 pub use engine::{attend, item_rows, supports};
-pub use wgmma::{products, sources};
+pub use wgmma::products;
+
+/// The CUDA C++ of the tensor-core kernels whose name contains `part`, with their names (`KERNEL.ARCHITECTURE`): what a
+/// machine without a GPU can compile.
+///
+/// # Errors
+/// What CubeCL's compiler has to say.
+pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
+    let wgmma = wgmma::sources().filter(move |(name, _)| name.contains(part));
+    let mma = mma::sources().filter(move |(name, _)| name.contains(part));
+    wgmma
+        .map(|(name, source)| source().map(|source| (name, source)))
+        .chain(mma.map(|(name, source)| source().map(|source| (name, source))))
+}

@@ -2,12 +2,15 @@
 //! computes without a GPU. Matrix products on Burn's `cpu` device take seconds, so expectations come from Flex.
 
 use bifocal_burn::{
-    AttentionOptions, Error, GateOptions, Routing, Threshold, Window, aha_attention, composed,
+    AttentionOptions, Error, GateOptions, Routing, Threshold, Window, aha_attention, attention, composed,
     full_attention, global_attention, linear_choice, linear_gate, multi_window_attention, windowed_attention,
 };
 use bifocal_core::Reach;
-use bifocal_reference::{Array, Options, attention};
-use burn::tensor::{DType, Device, Int, Tensor, TensorData};
+use bifocal_reference::{self as reference, Array, Options};
+use burn::tensor::{
+    Bool, DType, Device, Int, Tensor, TensorData, module::attention as burns_attention,
+    ops::AttentionModuleOptions,
+};
 use rstest::rstest;
 
 use crate::common::{assert_close, devices, host, mixed_routes, noise, noise_of, qkv, values};
@@ -35,7 +38,7 @@ fn composed_attention_is_the_oracle() {
         let [qa, ka, va] = [q.clone(), k.clone(), v.clone()].map(array);
         let options = Options { softcap: Some(3.0), scale: 0.7, ..Options::new(8) };
         for (near, reach) in [(Some(window(3)), Reach::Window(window(3))), (None, Reach::All)] {
-            let expected = attention(&qa, &ka, &va, reach, &options).out;
+            let expected = reference::attention(&qa, &ka, &va, reach, &options).out;
             let data: Vec<f32> = expected.as_slice().iter().map(|&x| x as f32).collect();
             let expected = Tensor::from_data(TensorData::new(data, expected.shape()), &device);
             let options = plain().with_softcap(3.0).with_scale(0.7);
@@ -77,6 +80,60 @@ fn dense_attention_is_the_composition(#[case] heads: [usize; 2], #[case] tokens:
             }
         }
     }
+}
+
+/// Burn's own attention on Flex against the drop-in on every device: the same call, with a `?` behind it.
+#[rstest]
+#[case::square([37, 37])]
+#[case::fewer_queries([5, 37])]
+#[case::more_queries([20, 9])]
+fn the_drop_in_gives_what_burn_gives(#[case] tokens: [usize; 2]) {
+    let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
+    let gemma = AttentionModuleOptions { scale: Some(0.3), softcap: Some(2.0), ..causal };
+    let [q, k, v] = qkv([3, 3], tokens, 16, &Device::flex());
+    // Values may be of another length than keys.
+    let v = v.narrow(3, 0, 12);
+    for options in [causal, gemma] {
+        let expected = burns_attention(q.clone(), k.clone(), v.clone(), None, None, options);
+        for device in devices() {
+            let [query, key, value] = [&q, &k, &v].map(|tensor| tensor.clone().to_device(&device));
+            let found = attention(query, key, value, None, None, options).unwrap();
+            assert_eq!(found.device(), device);
+            assert_close(found, expected.clone(), TOLERANCE);
+            // As projections leave them: [B, T, H, D] in memory.
+            let rows = |tensor: &Tensor<4>| {
+                let rows = tensor.clone().swap_dims(1, 2);
+                Tensor::<4>::from_data(TensorData::new(host(rows.clone()), rows.dims()), &device)
+                    .swap_dims(1, 2)
+            };
+            let found = attention(rows(&q), rows(&k), rows(&v), None, None, options).unwrap();
+            assert_close(found, expected.clone(), TOLERANCE);
+        }
+    }
+}
+
+#[test]
+fn what_the_drop_in_cannot_express_is_refused() {
+    let flex = Device::flex();
+    let [q, k, v] = qkv([2, 2], [5, 5], 8, &flex);
+    let refused =
+        |mask: Option<Tensor<4, Bool>>, bias: Option<Tensor<4>>, options: AttentionModuleOptions| {
+            match attention(q.clone(), k.clone(), v.clone(), mask, bias, options) {
+                Err(Error::Option { option, .. }) => option,
+                other => panic!("{other:?}"),
+            }
+        };
+    let causal = AttentionModuleOptions { is_causal: true, ..Default::default() };
+    let bias = Tensor::<4>::zeros([2, 2, 5, 5], &flex);
+    let mask = bias.clone().greater_elem(1.0);
+    assert_eq!(refused(Some(mask), None, causal), "mask");
+    assert_eq!(refused(None, Some(bias), causal), "attn_bias");
+    assert_eq!(refused(None, None, AttentionModuleOptions::default()), "is_causal");
+    assert_eq!(refused(None, None, AttentionModuleOptions { softcap: Some(-1.0), ..causal }), "softcap");
+    assert_eq!(refused(None, None, AttentionModuleOptions { scale: Some(f64::NAN), ..causal }), "scale");
+    let [tracked, ..] = qkv([2, 2], [5, 5], 8, &Device::flex().autodiff());
+    let found = attention(tracked, k.clone(), v.clone(), None, None, causal).unwrap_err();
+    assert_eq!(found, Error::NoBackward { operation: "attention" });
 }
 
 #[rstest]

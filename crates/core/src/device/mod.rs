@@ -5,12 +5,14 @@ mod operator;
 mod partial;
 mod router;
 mod routes;
+mod sequences;
 mod tensor;
 
 pub use operator::{AttentionOperator, Inputs, RoutedRows, Rows};
 pub use partial::Partial;
 pub use router::{Decision, Router};
 pub use routes::{INVALID_ROUTE, RouteGeometry, Routes};
+pub use sequences::Sequences;
 pub use tensor::{Tensor, TensorView};
 
 use cubecl::client::Client;

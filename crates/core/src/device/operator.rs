@@ -1,10 +1,10 @@
 use cubecl::{client::Client, server::Handle};
 
-use super::{Partial, TensorView};
+use super::{Partial, Sequences, TensorView};
 use crate::{DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine};
 
 /// What attention reads: borrowed views of query `[B, H, Tq, D]`, key `[B, Hk, Tk, D]`, value
-/// `[B, Hk, Tk, Dv]`, and optionally one sink logit per query head.
+/// `[B, Hk, Tk, Dv]`, and optionally one sink logit per query head and the sequences that the tokens belong to.
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct Inputs<'a> {
@@ -18,17 +18,24 @@ pub struct Inputs<'a> {
     /// (gpt-oss). The log-sum-exp includes it, so of several partials that are to be merged only one may
     /// have it.
     pub sink_logits: Option<TensorView<'a, 1>>,
+    /// Where sequences of different lengths lie one after the other in a batch of 1.
+    pub sequences: Option<&'a Sequences>,
 }
 
 impl<'a> Inputs<'a> {
-    /// Query, key and value, without sink logits.
+    /// Query, key and value, without sink logits; each batch entry is one sequence.
     pub fn new(query: TensorView<'a, 4>, key: TensorView<'a, 4>, value: TensorView<'a, 4>) -> Self {
-        Self { query, key, value, sink_logits: None }
+        Self { query, key, value, sink_logits: None, sequences: None }
     }
 
     /// Adds one sink logit per query head.
     pub fn with_sink_logits(self, sink_logits: TensorView<'a, 1>) -> Self {
         Self { sink_logits: Some(sink_logits), ..self }
+    }
+
+    /// Reads the batch of 1 as these sequences, one after the other: rows see keys of their own sequence alone.
+    pub fn with_sequences(self, sequences: &'a Sequences) -> Self {
+        Self { sequences: Some(sequences), ..self }
     }
 
     /// The problem that these shapes pose, with default scale and no softcap.
@@ -43,7 +50,7 @@ impl<'a> Inputs<'a> {
     /// Checks all that the kernels rely on.
     ///
     /// # Errors
-    /// As [`Problem::check`] and [`TensorView::check`].
+    /// As [`Problem::check`], [`TensorView::check`] and [`Sequences::check`].
     pub fn check(&self, client: &Client, problem: &Problem) -> Result<()> {
         problem.check()?;
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, element, .. } =
@@ -51,10 +58,10 @@ impl<'a> Inputs<'a> {
         self.query.check("query", client, [batch, heads, query_len, head_dim], element)?;
         self.key.check("key", client, [batch, kv_heads, key_len, head_dim], element)?;
         self.value.check("value", client, [batch, kv_heads, key_len, value_dim], element)?;
-        match self.sink_logits {
-            Some(sinks) => sinks.check("the sink logits", client, [heads], crate::Element::F32),
-            None => Ok(()),
+        if let Some(sinks) = self.sink_logits {
+            sinks.check("the sink logits", client, [heads], crate::Element::F32)?;
         }
+        self.sequences.map_or(Ok(()), |sequences| sequences.check(client, problem))
     }
 }
 

@@ -1,6 +1,6 @@
 use bifocal_core::{DeviceProfile, Problem};
 
-use crate::visibility::Visibility;
+use crate::{engine::Work, visibility::Visibility};
 
 /// The compile-time key of a portable kernel: everything its code depends on, and nothing else.
 ///
@@ -10,6 +10,8 @@ pub(crate) struct Blueprint {
     pub(crate) visibility: Visibility,
     /// Rows come from a dispatch plan rather than from counting.
     pub(crate) routed: bool,
+    /// Rows belong to sequences that are packed one after the other.
+    pub(crate) ragged: bool,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: bool,
     pub(crate) head_dim: usize,
@@ -43,16 +45,16 @@ impl Blueprint {
     pub(crate) fn new(
         problem: &Problem,
         profile: &DeviceProfile,
-        visibility: Visibility,
-        routed: bool,
+        work: &Work<'_>,
         sink_logits: bool,
     ) -> Self {
         let staged = profile.cpu_cores.is_some();
         // Eight accumulators in flight hide the latency of a fused multiply-add.
         let key_block = 8;
         Self {
-            visibility,
-            routed,
+            visibility: work.visibility,
+            routed: work.routed,
+            ragged: work.sequences.is_some(),
             softcap: problem.softcap.is_some(),
             sink_logits,
             head_dim: problem.head_dim,

@@ -5,7 +5,7 @@
 use cubecl::prelude::*;
 
 use super::Blueprint;
-use crate::visibility::Visibility;
+use crate::visibility::{Visibility, bounds_of};
 
 /// The bit that marks a row without a valid route.
 pub(crate) const INVALID_ROW: u32 = 1 << 31;
@@ -73,20 +73,27 @@ struct Tile<R: Size> {
     /// Maximum and sum of the softmax so far.
     maximum: Array<Vector<f32, R>>,
     sum: Array<Vector<f32, R>>,
+    /// The bounds of each row; all first keys are 0 unless the batch is ragged.
+    firsts: Vector<i32, R>,
     positions: Vector<i32, R>,
 }
 
 #[cube]
 fn sees<R: Size>(
+    firsts: Vector<i32, R>,
     positions: Vector<i32, R>,
     key: i32,
     numbers: &Numbers,
-    #[comptime] visibility: Visibility,
+    #[comptime] blueprint: Blueprint,
 ) -> Vector<bool, R> {
     let key = Vector::<i32, R>::new(key);
-    let causal = key.less_equal(&positions);
-    match visibility {
-        Visibility::All => causal,
+    let past = key.less_equal(&positions);
+    let sinks = Vector::<i32, R>::new(numbers.sinks);
+    let ragged = comptime![blueprint.ragged];
+    let causal = if ragged { past.vec_and(key.greater_equal(&firsts)) } else { past };
+    let sinks_end = if ragged { firsts + sinks } else { sinks };
+    match blueprint.visibility {
+        Visibility::All | Visibility::NonCausal => causal,
         Visibility::Window => {
             let start = positions - Vector::new(numbers.window);
             causal.vec_and(key.greater_than(&start))
@@ -94,12 +101,12 @@ fn sees<R: Size>(
         Visibility::SinksAndWindow => {
             let start = positions - Vector::new(numbers.window);
             let near = key.greater_than(&start);
-            causal.vec_and(near.or(key.less_than(&Vector::new(numbers.sinks))))
+            causal.vec_and(near.or(key.less_than(&sinks_end)))
         }
         Visibility::Far => {
             let end = positions - Vector::new(numbers.window);
             let past = key.less_equal(&end);
-            past.vec_and(key.greater_equal(&Vector::new(numbers.sinks)))
+            past.vec_and(key.greater_equal(&sinks_end))
         }
     }
 }
@@ -148,7 +155,7 @@ fn score<E: Float, R: Size>(
             scores[x] = cap * (scores[x] / cap).tanh();
         }
         if comptime![masked] {
-            let seen = sees::<R>(tile.positions, j, numbers, blueprint.visibility);
+            let seen = sees::<R>(tile.firsts, tile.positions, j, numbers, blueprint);
             scores[x] = select_many(seen, scores[x], hidden);
         }
         scores[x] = select(j < end, scores[x], hidden);
@@ -239,7 +246,8 @@ fn fold_chunk<E: Float, R: Size>(
             let weight = tile.weights[j];
             let row = keys.value + (first as usize + j) * keys.value_stride + d;
             if comptime![masked] {
-                let seen = sees::<R>(tile.positions, first + j as i32, numbers, blueprint.visibility);
+                let j = first + j as i32;
+                let seen = sees::<R>(tile.firsts, tile.positions, j, numbers, blueprint);
                 #[unroll]
                 for x in 0..dim_block {
                     let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
@@ -298,7 +306,7 @@ fn fold_block<E: Float, R: Size>(
         #[unroll]
         for x in 0..key_block {
             let j = first + comptime![x as i32];
-            let seen = sees::<R>(tile.positions, min(j, end - 1), numbers, blueprint.visibility);
+            let seen = sees::<R>(tile.firsts, tile.positions, min(j, end - 1), numbers, blueprint);
             let v = Vector::<f32, R>::new(f32::cast_from(value[rows[x] + d]));
             let sum = select_many(seen, fma(weights[x], v, acc), acc);
             acc = select(j < end, sum, acc);
@@ -307,8 +315,8 @@ fn fold_block<E: Float, R: Size>(
     }
 }
 
-/// Folds the keys `0..sinks_end` and `begin..end` into the tile, chunk by chunk; chunks that every row sees whole
-/// skip the mask.
+/// Folds the keys `sinks_begin..sinks_end` and `begin..end` into the tile, chunk by chunk; chunks that every row sees
+/// whole skip the mask.
 #[cube]
 fn fold<E: Float, R: Size>(
     tile: &mut Tile<R>,
@@ -316,6 +324,7 @@ fn fold<E: Float, R: Size>(
     key: &[E],
     value: &[E],
     keys: &Keys,
+    sinks_begin: i32,
     sinks_end: i32,
     begin: i32,
     end: i32,
@@ -324,20 +333,27 @@ fn fold<E: Float, R: Size>(
 ) {
     let first_position = tile.positions.extract(0usize);
     let last_position = tile.positions.extract(comptime![blueprint.lanes - 1]);
-    let mut at = select(sinks_end > 0i32, 0i32, begin);
+    // Every row's sequence has begun, and no row's has ended, between these two.
+    let last_first = tile.firsts.extract(comptime![blueprint.lanes - 1]);
+    let sinks_seen = tile.firsts.extract(0usize) + numbers.sinks;
+    let mut at = select(sinks_end > sinks_begin, sinks_begin, begin);
     while at < end {
         let range_end = select(at < sinks_end, sinks_end, end);
         let next = min(at + comptime![blueprint.chunk as i32], range_end);
         if comptime![blueprint.staged] {
-            let unmasked = match blueprint.visibility {
-                Visibility::All => next <= first_position + 1,
+            let mut unmasked = match blueprint.visibility {
+                Visibility::All | Visibility::NonCausal => next <= first_position + 1,
                 Visibility::Window => next <= first_position + 1 && at > last_position - numbers.window,
                 Visibility::SinksAndWindow => {
-                    next <= first_position + 1
-                        && (next <= numbers.sinks || at > last_position - numbers.window)
+                    next <= first_position + 1 && (next <= sinks_seen || at > last_position - numbers.window)
                 }
                 Visibility::Far => next <= first_position - numbers.window + 1,
             };
+            if comptime![blueprint.ragged && blueprint.visibility == Visibility::Far] {
+                unmasked = unmasked && at >= last_first + numbers.sinks;
+            } else if comptime![blueprint.ragged] {
+                unmasked = unmasked && at >= last_first;
+            }
             if unmasked {
                 fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, false, blueprint);
             } else {
@@ -360,6 +376,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     query_strides: Strides,
@@ -405,6 +422,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     let mut heads = Array::<u32>::new(lanes);
     let mut invalid = Array::<bool>::new(lanes);
     let mut query_offsets = Array::<usize>::new(lanes);
+    let mut firsts = Vector::<i32, R>::new(0i32);
     let mut positions = Vector::<i32, R>::new(0i32);
     #[unroll]
     for lane in 0..lanes {
@@ -421,7 +439,16 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         heads[lane] = head;
         query_offsets[lane] =
             (batch * query_strides.batch + head * query_strides.head + token * query_strides.token) as usize;
-        positions.insert(lane, token as i32 + numbers.first_position);
+        let bounds = bounds_of(
+            token,
+            numbers.query_len,
+            numbers.first_position,
+            sequences,
+            blueprint.visibility,
+            blueprint.ragged,
+        );
+        firsts.insert(lane, bounds.first);
+        positions.insert(lane, bounds.position);
     }
 
     let staged = comptime![blueprint.staged];
@@ -432,6 +459,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         weights: Array::new(comptime![if staged { blueprint.chunk } else { 1 }]),
         maximum: Array::new(1usize),
         sum: Array::new(1usize),
+        firsts,
         positions,
     };
     if staged {
@@ -454,7 +482,9 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         tile.sum[0] = Vector::new(0.0f32);
     }
 
-    // Which keys: one range, or two where sinks and window are apart.
+    // Which keys: one range, or two where sinks and window are apart. Bounds ascend, so those of the first and the last
+    // row enclose what the rows between them see, across sequences too.
+    let first_key = tile.firsts.extract(0usize);
     let first_position = tile.positions.extract(0usize);
     let last_position = tile.positions.extract(comptime![lanes - 1]);
     // Assigned under a condition, so that compilers keep the two as values: left as expressions, their divisions are
@@ -471,22 +501,21 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         key_stride: key_strides.token as usize,
         value_stride: value_strides.token as usize,
     };
-    let mut sinks_end = 0i32;
-    let mut begin = 0i32;
+    let mut sinks_end = first_key;
+    let mut begin = first_key;
     let mut end = last_position + 1;
     if comptime![blueprint.visibility == Visibility::Far] {
-        begin = numbers.sinks;
+        begin = first_key + numbers.sinks;
         end = last_position - numbers.window + 1;
     }
     if comptime![blueprint.visibility == Visibility::Window] {
-        begin = max(first_position - numbers.window + 1, 0i32);
+        begin = max(first_position - numbers.window + 1, first_key);
     }
     if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
-        begin = max(first_position - numbers.window + 1, 0i32);
-        sinks_end = max(min(numbers.sinks, end), 0i32);
-        begin = max(begin, sinks_end);
+        sinks_end = max(min(first_key + numbers.sinks, end), first_key);
+        begin = max(first_position - numbers.window + 1, sinks_end);
     }
-    fold::<E, R>(&mut tile, query, key, value, &keys, sinks_end, begin, end, &numbers, blueprint);
+    fold::<E, R>(&mut tile, query, key, value, &keys, first_key, sinks_end, begin, end, &numbers, blueprint);
 
     // A row without keys has sum 0: its output is 0 and its log-sum-exp -inf.
     let sum = tile.sum[0];

@@ -43,8 +43,7 @@ pub(crate) fn launch(
     work: &Work<'_>,
     partial: &Partial,
 ) {
-    let blueprint =
-        Blueprint::new(problem, profile, work.visibility, work.routed, inputs.sink_logits.is_some());
+    let blueprint = Blueprint::new(problem, profile, work, inputs.sink_logits.is_some());
     let lanes = lanes(profile);
     // An item of a plan may be larger than what a unit computes: it then has several parts.
     let parts = work.item_rows.div_ceil(lanes);
@@ -85,6 +84,7 @@ pub(crate) fn launch(
             words(work.rows),
             words(work.items),
             words(work.item_counts),
+            words(work.sequences.unwrap_or(work.items)),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),

@@ -10,6 +10,14 @@ pub(crate) enum Operand {
 }
 
 impl Operand {
+    pub(crate) const fn of(element: Element) -> Option<Self> {
+        match element {
+            Element::F16 => Some(Operand::F16),
+            Element::Bf16 => Some(Operand::Bf16),
+            _ => None,
+        }
+    }
+
     /// The type's name in PTX.
     pub(crate) const fn name(self) -> &'static str {
         match self {
@@ -57,17 +65,30 @@ pub(crate) struct Blueprint {
     pub(crate) visibility: Visibility,
     /// Rows come from a dispatch plan rather than from counting.
     pub(crate) routed: bool,
+    /// Rows belong to sequences that are packed one after the other.
+    pub(crate) ragged: bool,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: bool,
     pub(crate) out_f32: bool,
     pub(crate) shape: Shape,
-    /// Tiles of keys, and of values, in flight.
+    /// Rows that a warp computes.
+    pub(crate) warp_rows: usize,
+    /// Tiles that the ring in shared memory holds: `wgmma` has one of keys and one of values, `mma` one for both.
     pub(crate) stages: u32,
     /// Items whose queries are in shared memory.
     pub(crate) query_stages: u32,
 }
 
 impl Blueprint {
+    pub(crate) const fn threads(self) -> u32 {
+        (self.shape.rows / self.warp_rows * 32) as u32
+    }
+
+    /// Blocks of 16 rows that a warp computes.
+    pub(crate) const fn blocks(self) -> usize {
+        self.warp_rows / 16
+    }
+
     pub(crate) const fn warpgroups(self) -> u32 {
         self.shape.rows as u32 / 64
     }
@@ -93,5 +114,20 @@ impl Blueprint {
 
     pub(crate) const fn tile_bytes(self) -> usize {
         self.query_stages as usize * self.query_bytes() + 2 * self.stages as usize * self.key_bytes()
+    }
+
+    /// Whether items can be cut into parts, each with some of the keys. Rows of a window see too few for it.
+    pub(crate) const fn in_parts(self) -> bool {
+        matches!(self.visibility, Visibility::All | Visibility::NonCausal | Visibility::Far)
+    }
+
+    /// Rows whose queries are in shared memory.
+    pub(crate) const fn staged_rows(self) -> usize {
+        self.query_stages as usize * self.shape.rows
+    }
+
+    /// Words that are kept of those rows: their ids, and in a ragged batch their two bounds.
+    pub(crate) const fn row_words(self) -> usize {
+        if self.ragged { 3 * self.staged_rows() } else { self.staged_rows() }
     }
 }

@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{
     Blueprint, Layout, Numbers,
-    items::{Keys, sees},
+    items::{Keys, bounds_of_row, sees, sinks_begin},
     ptx,
     softmax::{Softmax, row_sum, squash},
 };
@@ -14,7 +14,7 @@ use crate::portable::{INVALID_ROW, Strides};
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Row {
-    pub(crate) position: i32,
+    pub(crate) token: u32,
     pub(crate) head: u32,
     /// Where the row's output begins, in elements.
     pub(crate) offset: u32,
@@ -33,7 +33,6 @@ pub(crate) fn finish<NO: Size>(
     id: u32,
     token: u32,
     head: u32,
-    position: i32,
     written: bool,
     batch: u32,
     lse: &mut [f32],
@@ -64,7 +63,42 @@ pub(crate) fn finish<NO: Size>(
     let offset = batch * out_strides.batch + head * out_strides.head + token * out_strides.token;
     store_row::<NO>(acc, norm, target, offset, written && finite, half, blueprint);
     let odd = select(written && !finite, 1u32, 0u32);
-    Row { position, head, offset, exponent, norm, odd }
+    Row { token, head, offset, exponent, norm, odd }
+}
+
+/// Computes those of a warp's 16 rows again whose output is not finite.
+#[cube]
+pub(crate) fn redo_odd<E: Float, O: Float>(
+    upper: &Row,
+    lower: &Row,
+    batch: u32,
+    kv_head: u32,
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    sequences: &[u32],
+    layout: &Layout,
+    out: &mut [O],
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    if plane_any(upper.odd + lower.odd > 0u32) {
+        for r in 0..16u32 {
+            let from = (r % 8u32) * 4u32;
+            let row = Row {
+                token: plane_shuffle(select(r < 8u32, upper.token, lower.token), from),
+                head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
+                offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
+                exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
+                norm: plane_shuffle(select(r < 8u32, upper.norm, lower.norm), from),
+                odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
+            };
+            if row.odd > 0u32 {
+                redo::<E, O>(&row, batch, kv_head, query, key, value, sequences, layout, out, keys, numbers, blueprint);
+            }
+        }
+    }
 }
 
 /// Computes a row's output again, key by key, by all threads of a warp.
@@ -72,13 +106,14 @@ pub(crate) fn finish<NO: Size>(
 /// A product takes every key of a tile, and 0 x NaN is NaN: a value that is not finite spoils rows that do not see it.
 /// Such values are rare, so that all it has to be is right.
 #[cube]
-pub(crate) fn redo<E: Float, O: Float>(
+fn redo<E: Float, O: Float>(
     row: &Row,
     batch: u32,
     kv_head: u32,
     query: &[E],
     key: &[E],
     value: &[E],
+    sequences: &[u32],
     layout: &Layout,
     out: &mut [O],
     keys: &Keys,
@@ -87,9 +122,9 @@ pub(crate) fn redo<E: Float, O: Float>(
 ) {
     let lane = UNIT_POS % 32u32;
     let parts = comptime![blueprint.shape.dim / 32];
-    let token = (row.position - numbers.first_position) as u32;
+    let bounds = bounds_of_row(row.token * numbers.group, sequences, numbers, blueprint);
     let query_at =
-        batch * layout.query.batch + row.head * layout.query.head + token * layout.query.token + lane;
+        batch * layout.query.batch + row.head * layout.query.head + row.token * layout.query.token + lane;
     let key_at = batch * layout.key.batch + kv_head * layout.key.head + lane;
     let value_at = batch * layout.value.batch + kv_head * layout.value.head + lane;
     let mut sums = Array::<f32>::new(parts);
@@ -97,10 +132,11 @@ pub(crate) fn redo<E: Float, O: Float>(
     for part in 0..parts {
         sums[part] = 0.0f32;
     }
-    let mut j = select(keys.sinks_end > 0i32, 0i32, keys.begin);
+    let begin = sinks_begin(keys, blueprint);
+    let mut j = select(keys.sinks_end > begin, begin, keys.begin);
     while j < keys.end {
         let sinks = j < keys.sinks_end;
-        if sees(row.position, j, sinks, keys, numbers, blueprint) {
+        if sees(&bounds, j, sinks, keys, numbers, blueprint) {
             let mut score = f32::new(0.0);
             #[unroll]
             for part in 0..parts {
@@ -130,7 +166,7 @@ pub(crate) fn redo<E: Float, O: Float>(
 
 /// Stores one of a thread's two rows, together with the three threads that hold the rest of it.
 #[cube]
-pub(crate) fn store_row<NO: Size>(
+fn store_row<NO: Size>(
     acc: &Vector<f32, NO>,
     norm: f32,
     target: u64,

@@ -2,13 +2,17 @@
 
 use cubecl::prelude::*;
 
-use super::{Blueprint, Numbers};
-use crate::{portable::INVALID_ROW, visibility::Visibility};
+use super::{Blueprint, Numbers, gather::RowIds};
+use crate::{
+    portable::INVALID_ROW,
+    visibility::{Bounds, Visibility, bounds_of},
+};
 
-/// The keys that an item visits: `0..sinks_end`, then `begin..end`, in tiles.
+/// The keys that an item visits: `sinks_begin..sinks_end`, then `begin..end`, in tiles.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Keys {
+    pub(crate) sinks_begin: i32,
     pub(crate) sinks_end: i32,
     pub(crate) begin: i32,
     pub(crate) end: i32,
@@ -20,11 +24,24 @@ pub(crate) struct Keys {
 impl Keys {
     /// Assigns every field: CubeCL assigns no structs.
     pub(crate) fn set(&mut self, other: &Keys) {
+        self.sinks_begin = other.sinks_begin;
         self.sinks_end = other.sinks_end;
         self.begin = other.begin;
         self.end = other.end;
         self.sink_tiles = other.sink_tiles;
         self.tiles = other.tiles;
+    }
+
+    /// Keeps the tiles of one of several parts. There are no sinks apart.
+    pub(crate) fn keep_part(&mut self, part: u32, parts: u32, #[comptime] blueprint: Blueprint) {
+        if comptime![blueprint.in_parts()] {
+            let size = comptime![blueprint.shape.keys as i32];
+            let first = self.tiles * part / parts;
+            let end = self.tiles * (part + 1u32) / parts;
+            self.end = min(self.end, self.begin + end as i32 * size);
+            self.begin += first as i32 * size;
+            self.tiles = end - first;
+        }
     }
 }
 
@@ -89,35 +106,104 @@ pub(crate) fn row_at(
     row
 }
 
-/// The position of a row.
+/// The bounds of a row.
 #[cube]
-pub(crate) fn position_of(row: u32, numbers: &Numbers) -> i32 {
-    (row % INVALID_ROW / numbers.group) as i32 + numbers.first_position
+pub(crate) fn bounds_of_row(
+    row: u32,
+    sequences: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Bounds {
+    bounds_of(
+        row % INVALID_ROW / numbers.group,
+        numbers.query_len,
+        numbers.first_position,
+        sequences,
+        blueprint.visibility,
+        blueprint.ragged,
+    )
 }
 
-/// Which keys the rows from `first` to `last` of an item visit.
+/// The bounds of the row that [`gather`](super::gather::gather) noted at an entry of `row_ids`, where it has left them
+/// in a ragged batch.
 #[cube]
-pub(crate) fn keys_of(first: u32, last: u32, numbers: &Numbers, #[comptime] blueprint: Blueprint) -> Keys {
-    let first = position_of(first, numbers);
-    let last = position_of(last, numbers);
+pub(crate) fn bounds_at(
+    entry: u32,
+    row: u32,
+    row_ids: &[u32],
+    sequences: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Bounds {
+    if comptime![blueprint.ragged] {
+        let column = comptime![blueprint.staged_rows() as u32];
+        Bounds {
+            first: i32::reinterpret(row_ids[(entry + column) as usize]),
+            position: i32::reinterpret(row_ids[(entry + 2u32 * column) as usize]),
+        }
+    } else {
+        bounds_of_row(row, sequences, numbers, blueprint)
+    }
+}
+
+/// Which keys the rows from the first to the last of an item visit.
+#[cube]
+pub(crate) fn keys_of(
+    ids: &RowIds,
+    sequences: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Keys {
+    if comptime![blueprint.ragged] {
+        let first = Bounds { first: ids.first_key, position: ids.first_position };
+        // Of the last row the position alone matters.
+        let last = Bounds { first: ids.first_key, position: ids.last_position };
+        keys_between(&first, &last, numbers, blueprint)
+    } else {
+        let first = bounds_of_row(ids.first, sequences, numbers, blueprint);
+        let last = bounds_of_row(ids.last, sequences, numbers, blueprint);
+        keys_between(&first, &last, numbers, blueprint)
+    }
+}
+
+/// Which keys the rows from `first` to `last` visit. Bounds ascend, so those of these two enclose what the rows between
+/// them see, across sequences too.
+#[cube]
+pub(crate) fn keys_between(
+    first: &Bounds,
+    last: &Bounds,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Keys {
     let tile = comptime![blueprint.shape.keys as i32];
-    let mut sinks_end = 0i32;
-    let mut begin = 0i32;
-    let mut end = last + 1;
+    let sinks_begin = first.first;
+    let mut sinks_end = sinks_begin;
+    let mut begin = sinks_begin;
+    let mut end = last.position + 1;
     if comptime![blueprint.visibility == Visibility::Far] {
-        begin = numbers.sinks;
-        end = last - numbers.window + 1;
+        begin = sinks_begin + numbers.sinks;
+        end = last.position - numbers.window + 1;
     }
     if comptime![blueprint.visibility == Visibility::Window] {
-        begin = max(first - numbers.window + 1, 0i32);
+        begin = max(first.position - numbers.window + 1, sinks_begin);
     }
     if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
-        sinks_end = max(min(numbers.sinks, end), 0i32);
-        begin = max(first - numbers.window + 1, sinks_end);
+        sinks_end = max(min(sinks_begin + numbers.sinks, end), sinks_begin);
+        begin = max(first.position - numbers.window + 1, sinks_end);
     }
-    let sink_tiles = ((sinks_end + tile - 1) / tile) as u32;
+    let sink_tiles = ((sinks_end - sinks_begin + tile - 1) / tile) as u32;
     let tiles = sink_tiles + ((max(end - begin, 0i32) + tile - 1) / tile) as u32;
-    Keys { sinks_end, begin, end, sink_tiles, tiles }
+    Keys { sinks_begin, sinks_end, begin, end, sink_tiles, tiles }
+}
+
+/// Where the sinks of an item begin: known to be 0 unless the batch is ragged, which saves a register.
+#[cube]
+pub(crate) fn sinks_begin(keys: &Keys, #[comptime] blueprint: Blueprint) -> i32 {
+    let mut begin = 0i32;
+    if comptime![blueprint.ragged] {
+        begin = keys.sinks_begin;
+    }
+    begin
 }
 
 /// The first key of a tile.
@@ -127,17 +213,17 @@ pub(crate) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprin
     let mut start = keys.begin + (tile - keys.sink_tiles) as i32 * size;
     if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
         if tile < keys.sink_tiles {
-            start = tile as i32 * size;
+            start = sinks_begin(keys, blueprint) + tile as i32 * size;
         }
     }
     start
 }
 
-/// Whether any row between two positions misses any key of the tile that starts at `start`.
+/// Whether any row between two misses any key of the tile that starts at `start`.
 #[cube]
 pub(crate) fn needs_mask(
-    first_row: i32,
-    last_row: i32,
+    first: &Bounds,
+    last: &Bounds,
     start: i32,
     sinks: bool,
     keys: &Keys,
@@ -145,35 +231,55 @@ pub(crate) fn needs_mask(
     #[comptime] blueprint: Blueprint,
 ) -> bool {
     let end = start + comptime![blueprint.shape.keys as i32];
-    match blueprint.visibility {
-        Visibility::All => end > first_row + 1,
-        Visibility::Window => end > first_row + 1 || start <= last_row - numbers.window,
+    let masked = match blueprint.visibility {
+        Visibility::All | Visibility::NonCausal => end > first.position + 1,
+        Visibility::Window => end > first.position + 1 || start <= last.position - numbers.window,
         Visibility::SinksAndWindow => {
-            end > first_row + 1
+            end > first.position + 1
                 || (sinks && end > keys.sinks_end)
-                || (!sinks && start <= last_row - numbers.window)
+                || (!sinks && start <= last.position - numbers.window)
         }
-        Visibility::Far => end > first_row - numbers.window + 1,
+        Visibility::Far => end > first.position - numbers.window + 1,
+    };
+    // In a ragged batch the last row's sequence may begin within the tile, or after it.
+    if comptime![blueprint.ragged && blueprint.visibility == Visibility::Far] {
+        masked || start < last.first + numbers.sinks
+    } else if comptime![blueprint.ragged] {
+        masked || start < last.first
+    } else {
+        masked
     }
 }
 
-/// Whether the row at `position` sees `key`.
+/// Whether the row with these bounds sees `key`.
 #[cube]
 pub(crate) fn sees(
-    position: i32,
+    row: &Bounds,
     key: i32,
     sinks: bool,
     keys: &Keys,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) -> bool {
-    match blueprint.visibility {
-        Visibility::All => key <= position,
-        Visibility::Window => key <= position && key > position - numbers.window,
+    let causal = match blueprint.visibility {
+        Visibility::All | Visibility::NonCausal => key <= row.position,
+        Visibility::Window => key <= row.position && key > row.position - numbers.window,
         Visibility::SinksAndWindow => {
-            let near = select(sinks, key < keys.sinks_end, key > position - numbers.window);
-            key <= position && near
+            let mut near = select(sinks, key < keys.sinks_end, key > row.position - numbers.window);
+            if comptime![blueprint.ragged] {
+                // The item's sinks are its first sequence's; a row of another finds its own among the other keys.
+                near = key < row.first + numbers.sinks || key > row.position - numbers.window;
+                near = near && (!sinks || key < keys.sinks_end);
+            }
+            key <= row.position && near
         }
-        Visibility::Far => key <= position - numbers.window,
+        Visibility::Far => key <= row.position - numbers.window,
+    };
+    if comptime![blueprint.ragged && blueprint.visibility == Visibility::Far] {
+        causal && key >= row.first + numbers.sinks
+    } else if comptime![blueprint.ragged] {
+        causal && key >= row.first
+    } else {
+        causal
     }
 }

@@ -1,9 +1,9 @@
-//! What the routines on tensor cores share: which rows and keys an item is, how queries are gathered, the online softmax
-//! of a thread's two rows, how a row is finished.
+//! What the routines on tensor cores share: which rows and keys an item is, how queries are gathered, the online
+//! softmax of a thread's two rows, how a row is finished.
 //!
-//! They can share it because `wgmma` and `mma.sync` leave scores and outputs in the same places: of every 16 rows a warp's
-//! thread holds two, `lane / 4` and 8 more, and of every 8 columns two, from `lane % 4 * 2` on (PTX ISA, "Matrix Fragments
-//! for mma.m16n8k16" and "Register Fragments and Shared Memory Matrix Layouts").
+//! They can share it because `wgmma` and `mma.sync` leave scores and outputs in the same places: of every 16 rows a
+//! warp's thread holds two, `lane / 4` and 8 more, and of every 8 columns two, from `lane % 4 * 2` on (PTX ISA,
+//! "Matrix Fragments for mma.m16n8k16" and "Register Fragments and Shared Memory Matrix Layouts").
 
 // In a kernel `%` is one instruction and `is_multiple_of` is not there; an `if` on compile-time values stays apart from
 // one on run-time values.
@@ -13,8 +13,10 @@ mod blueprint;
 pub(crate) mod finish;
 pub(crate) mod gather;
 pub(crate) mod items;
+pub(crate) mod launch;
 pub(crate) mod ptx;
 pub(crate) mod softmax;
+pub(crate) mod source;
 
 use cubecl::prelude::*;
 

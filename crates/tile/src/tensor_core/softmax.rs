@@ -7,6 +7,7 @@ use super::{
     items::{Keys, needs_mask, sees, tile_start},
     ptx,
 };
+use crate::visibility::Bounds;
 
 /// Independent maxima and sums per row and thread.
 const CHAINS: usize = 4;
@@ -15,10 +16,10 @@ const CHAINS: usize = 4;
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct Positions {
-    pub(crate) upper: i32,
-    pub(crate) lower: i32,
-    pub(crate) first: i32,
-    pub(crate) last: i32,
+    pub(crate) upper: Bounds,
+    pub(crate) lower: Bounds,
+    pub(crate) first: Bounds,
+    pub(crate) last: Bounds,
 }
 
 /// The running state of the online softmax of a thread's two rows.
@@ -29,6 +30,37 @@ pub(crate) struct Softmax {
     pub(crate) sum: Array<f32>,
     /// By how much what was summed before the last tile shrinks.
     pub(crate) correction: Array<f32>,
+}
+
+#[cube]
+impl Softmax {
+    /// The softmax of rows of two heads before their first key. A sink logit is a key with a value of zero: it opens
+    /// the maximum, and the sum of one thread of the row.
+    pub(crate) fn new(
+        upper_head: u32,
+        lower_head: u32,
+        sink_logits: &[f32],
+        numbers: &Numbers,
+        #[comptime] blueprint: Blueprint,
+    ) -> Softmax {
+        let mut softmax =
+            Softmax { maximum: Array::new(2usize), sum: Array::new(2usize), correction: Array::new(2usize) };
+        softmax.maximum[0] = numbers.neg_inf;
+        softmax.maximum[1] = numbers.neg_inf;
+        softmax.sum[0] = 0.0f32;
+        softmax.sum[1] = 0.0f32;
+        if comptime![blueprint.sink_logits] {
+            let to_score = std::f32::consts::LOG2_E / numbers.exponent_scale;
+            let upper = sink_logits[upper_head as usize] * to_score;
+            let lower = sink_logits[lower_head as usize] * to_score;
+            softmax.maximum[0] = upper;
+            softmax.maximum[1] = lower;
+            let opens = UNIT_POS % 4u32 == 0u32;
+            softmax.sum[0] = select(opens && upper != numbers.neg_inf, 1.0f32, 0.0f32);
+            softmax.sum[1] = select(opens && lower != numbers.neg_inf, 1.0f32, 0.0f32);
+        }
+        softmax
+    }
 }
 
 /// The larger of the values that the four threads of a row hold.
@@ -72,15 +104,15 @@ pub(crate) fn fold<NS: Size>(
     }
     let start = tile_start(keys, tile, blueprint);
     let sinks = tile < keys.sink_tiles;
-    if needs_mask(at.first, at.last, start, sinks, keys, numbers, blueprint) {
+    if needs_mask(&at.first, &at.last, start, sinks, keys, numbers, blueprint) {
         let first = start + ((UNIT_POS % 4u32) * 2u32) as i32;
         #[unroll]
         for i in 0..count {
             let key = first + comptime![((i / 4) * 8 + i % 2) as i32];
             let seen = if comptime![(i / 2) % 2 == 0] {
-                sees(at.upper, key, sinks, keys, numbers, blueprint)
+                sees(&at.upper, key, sinks, keys, numbers, blueprint)
             } else {
-                sees(at.lower, key, sinks, keys, numbers, blueprint)
+                sees(&at.lower, key, sinks, keys, numbers, blueprint)
             };
             let score = select(seen, scores.extract(i), numbers.neg_inf);
             scores.insert(i, score);

@@ -256,6 +256,12 @@ pub(crate) fn copies_end() {
     gpu_asm!("fence.proxy.async.shared::cta;");
 }
 
+/// Orders this thread's memory accesses before and after, for the whole device.
+#[cube]
+pub(crate) fn fence_device() {
+    gpu_asm!("fence.acq_rel.gpu;");
+}
+
 /// Waits at the named barrier for `threads` threads.
 #[cube]
 pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {

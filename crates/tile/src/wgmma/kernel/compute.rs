@@ -5,16 +5,17 @@ use cubecl::prelude::*;
 use super::{
     Room, WARPGROUP, WARPGROUP_ROWS,
     fetch::{Cursor, Stretch, fetch},
+    parts::{park, parts_of, take_up},
     stage_of,
-    tickets::Tickets,
+    tickets::{self, Tickets},
 };
 use crate::{
     portable::{INVALID_ROW, Strides},
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
-        finish::{Row, finish, redo},
+        finish::{finish, redo_odd},
         gather::{RowIds, gather},
-        items::{Item, Keys, item_of, keys_of, position_of},
+        items::{Item, Keys, bounds_at, item_of, keys_between, keys_of},
         ptx::global_address,
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -37,7 +38,9 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     sink_logits: &[f32],
     rows: &[u32],
     items: &[u32],
-    counter: &[Atomic<u32>],
+    counters: &[Atomic<u32>],
+    parked: &mut [f32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     count: u32,
@@ -46,6 +49,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     row_ids: &mut [u32],
     cells: &mut [u32],
     numbers: &Numbers,
+    park_room: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let shape = comptime![blueprint.shape];
@@ -73,12 +77,15 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut tile_number = 0u32;
     let mut item_number = 0u32;
     let mut tickets = Tickets::new();
+    let parts = parts_of(count, park_room, blueprint);
+    let slots = count * parts;
     let mut slot = CUBE_POS as u32;
-    let mut item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
-    let ids = RowIds::of(&item, rows, numbers, blueprint);
-    let mut now = stretch(&item, keys_of(ids.first, ids.last, numbers, blueprint), numbers);
-    if slot < count {
-        gather(&item, ids.mine, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
+    let mut item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
+    let ids = RowIds::of(&item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
+    let mut now = stretch(&item, keys_of(&ids, sequences, numbers, blueprint), numbers);
+    now.keys.keep_part(slot % parts, parts, blueprint);
+    if slot < slots {
+        gather(&item, &ids, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
         #[unroll]
         for _ in 0..stages {
             fetch::<E>(
@@ -110,12 +117,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     if warpgroup == 1u32 {
         ptx::turn_give(1u32, threads);
     }
-    while slot < count {
+    while slot < slots {
         let buffer = item_number % comptime![blueprint.query_stages];
         let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
+        let this_slot = slot;
         slot = tickets.next(item_number, cells, room);
         // Loads of the next item's place and rows are begun here and used once this item's first scores are folded.
-        let next_item = item_of(min(slot, count - 1u32), items, numbers, blueprint);
+        let next_item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
         let mut next = stretch(&next_item, now.keys, numbers);
         // Not known yet.
         next.keys.tiles = 0u32;
@@ -128,37 +136,31 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
         let base = ids + warpgroup * WARPGROUP_ROWS;
+        let end = base + WARPGROUP_ROWS - 1u32;
         let first_id = row_ids[base as usize];
-        let last_id = row_ids[(base + WARPGROUP_ROWS - 1u32) as usize];
+        let last_id = row_ids[end as usize];
         let upper_token = upper_id % INVALID_ROW / numbers.group;
         let lower_token = lower_id % INVALID_ROW / numbers.group;
         let upper_head = kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group;
         let lower_head = kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group;
         let at = Positions {
-            upper: upper_token as i32 + numbers.first_position,
-            lower: lower_token as i32 + numbers.first_position,
-            first: position_of(first_id, numbers),
-            last: position_of(last_id, numbers),
+            upper: bounds_at(ids + tile_row, upper_id, &*row_ids, sequences, numbers, blueprint),
+            lower: bounds_at(ids + tile_row + 8u32, lower_id, &*row_ids, sequences, numbers, blueprint),
+            first: bounds_at(base, first_id, &*row_ids, sequences, numbers, blueprint),
+            last: bounds_at(end, last_id, &*row_ids, sequences, numbers, blueprint),
         };
 
-        let mut softmax =
-            Softmax { maximum: Array::new(2usize), sum: Array::new(2usize), correction: Array::new(2usize) };
-        softmax.maximum[0] = numbers.neg_inf;
-        softmax.maximum[1] = numbers.neg_inf;
-        softmax.sum[0] = 0.0f32;
-        softmax.sum[1] = 0.0f32;
-        if comptime![blueprint.sink_logits] {
-            // The sink logit is a key with a value of zero: it opens the maximum, and the sum of one thread of the row.
-            let to_score = std::f32::consts::LOG2_E / numbers.exponent_scale;
-            let upper = sink_logits[upper_head as usize] * to_score;
-            let lower = sink_logits[lower_head as usize] * to_score;
-            softmax.maximum[0] = upper;
-            softmax.maximum[1] = lower;
-            let opens = lane % 4u32 == 0u32;
-            softmax.sum[0] = select(opens && upper != numbers.neg_inf, 1.0f32, 0.0f32);
-            softmax.sum[1] = select(opens && lower != numbers.neg_inf, 1.0f32, 0.0f32);
+        let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
+        if comptime![blueprint.sink_logits && blueprint.in_parts()] {
+            // The sink is one key: the first part has it.
+            if this_slot % parts > 0u32 {
+                #[unroll]
+                for row in 0..2usize {
+                    softmax.maximum[row] = numbers.neg_inf;
+                    softmax.sum[row] = 0.0f32;
+                }
+            }
         }
-
         let mut acc = Vector::<f32, NO>::new(0.0f32);
         if now.keys.tiles > 0u32 {
             let query_at = room.query
@@ -173,15 +175,16 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if lane == 0u32 {
                 ptx::arrive(room.key_empty + stage * 8u32);
             }
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
+            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
             let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
-            if slot < count {
-                next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+            if slot < slots {
+                next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
+                next.keys.keep_part(slot % parts, parts, blueprint);
                 if comptime![blueprint.query_stages > 1] {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -290,10 +293,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             let value_descriptor = ptx::descriptor(room.value + stage * tile_bytes, key_panel);
             let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
             if comptime![blueprint.query_stages == 1] {
-                if slot < count {
+                if slot < slots {
                     gather(
                         &next_item,
-                        ids.mine,
+                        &ids,
                         source,
                         row_ids,
                         next_buffer,
@@ -320,12 +323,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 values_by,
                 blueprint,
             );
-        } else if slot < count {
-            let ids = RowIds::of(&next_item, rows, numbers, blueprint);
-            next.keys.set(&keys_of(ids.first, ids.last, numbers, blueprint));
+        } else if slot < slots {
+            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
+            next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
+            next.keys.keep_part(slot % parts, parts, blueprint);
             gather(
                 &next_item,
-                ids.mine,
+                &ids,
                 source,
                 row_ids,
                 next_buffer,
@@ -363,58 +367,67 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             }
         }
 
-        if slot < count {
-            tickets.draw(counter);
+        if slot < slots {
+            tickets.draw(counters);
         }
-        let upper = finish::<NO>(
-            &acc,
-            &softmax,
-            upper_id,
-            upper_token,
-            upper_head,
-            at.upper,
-            tile_row < item.rows,
-            batch,
-            lse,
-            target,
-            out_strides,
-            numbers,
-            0usize,
-            blueprint,
-        );
-        let lower = finish::<NO>(
-            &acc,
-            &softmax,
-            lower_id,
-            lower_token,
-            lower_head,
-            at.lower,
-            tile_row + 8u32 < item.rows,
-            batch,
-            lse,
-            target,
-            out_strides,
-            numbers,
-            1usize,
-            blueprint,
-        );
-        if plane_any(upper.odd + lower.odd > 0u32) {
-            for r in 0..16u32 {
-                let from = (r % 8u32) * 4u32;
-                let row = Row {
-                    position: plane_shuffle(select(r < 8u32, upper.position, lower.position), from),
-                    head: plane_shuffle(select(r < 8u32, upper.head, lower.head), from),
-                    offset: plane_shuffle(select(r < 8u32, upper.offset, lower.offset), from),
-                    exponent: plane_shuffle(select(r < 8u32, upper.exponent, lower.exponent), from),
-                    norm: plane_shuffle(select(r < 8u32, upper.norm, lower.norm), from),
-                    odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
-                };
-                if row.odd > 0u32 {
-                    redo::<E, O>(
-                        &row, batch, kv_head, query, key, value, layout, out, &now.keys, numbers, blueprint,
-                    );
+        let mut whole = true;
+        if comptime![blueprint.in_parts()] {
+            if parts > 1u32 {
+                let first_slot = this_slot / parts * parts;
+                whole = park::<NO>(
+                    &acc,
+                    &softmax,
+                    this_slot,
+                    parts,
+                    parked,
+                    counters,
+                    1u32 + first_slot / parts * 2u32 + warpgroup,
+                    cells,
+                    comptime![tickets::STAGES] + warpgroup,
+                    together,
+                    blueprint,
+                );
+                if whole {
+                    acc = take_up::<NO>(&mut softmax, first_slot, parts, parked, numbers, blueprint);
                 }
             }
+        }
+        if whole {
+            // Of all parts.
+            let keys = keys_between(&at.first, &at.last, numbers, blueprint);
+            let upper = finish::<NO>(
+                &acc,
+                &softmax,
+                upper_id,
+                upper_token,
+                upper_head,
+                tile_row < item.rows,
+                batch,
+                lse,
+                target,
+                out_strides,
+                numbers,
+                0usize,
+                blueprint,
+            );
+            let lower = finish::<NO>(
+                &acc,
+                &softmax,
+                lower_id,
+                lower_token,
+                lower_head,
+                tile_row + 8u32 < item.rows,
+                batch,
+                lse,
+                target,
+                out_strides,
+                numbers,
+                1usize,
+                blueprint,
+            );
+            redo_odd::<E, O>(
+                &upper, &lower, batch, kv_head, query, key, value, sequences, layout, out, &keys, numbers, blueprint,
+            );
         }
         item.set(&next_item);
         now.set(&next);

@@ -17,6 +17,7 @@ use cubecl::prelude::*;
 
 mod compute;
 mod fetch;
+pub(super) mod parts;
 mod tickets;
 
 use self::compute::compute_items;
@@ -46,6 +47,9 @@ struct Room {
     ticket_empty: u32,
 }
 
+/// Words that threads of a cube tell each other: tickets, and for each warpgroup how many have parked before it.
+const CELLS: u32 = tickets::STAGES + 2;
+
 /// A full and an empty barrier of 8 bytes for every stage of keys, of values and of tickets.
 const fn barrier_bytes(blueprint: Blueprint) -> usize {
     (2 * blueprint.stages as usize + tickets::STAGES as usize) * 16
@@ -69,7 +73,9 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
-    counter: &[Atomic<u32>],
+    counters: &[Atomic<u32>],
+    parked: &mut [f32],
+    sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
     query_strides: Strides,
@@ -77,6 +83,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     value_strides: Strides,
     out_strides: Strides,
     numbers: Numbers,
+    // Slots that there is room to park, and to count.
+    park_room: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
     #[define(NS)] _scores: usize,
@@ -92,9 +100,8 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     }
     let tiles = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.tile_bytes() / 4], 1024usize);
     let barriers = Shared::<[u32]>::new_aligned_slice(comptime![barrier_bytes(blueprint) / 4], 16usize);
-    let mut cells = Shared::<[u32]>::new_slice(comptime![tickets::STAGES as usize]);
-    let mut row_ids =
-        Shared::<[u32]>::new_slice(comptime![blueprint.query_stages as usize * blueprint.shape.rows]);
+    let mut cells = Shared::<[u32]>::new_slice(comptime![CELLS as usize]);
+    let mut row_ids = Shared::<[u32]>::new_slice(comptime![blueprint.row_words()]);
 
     let stages = comptime![blueprint.stages];
     let tile = shared_address(&tiles);
@@ -140,7 +147,9 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         sink_logits,
         rows,
         items,
-        counter,
+        counters,
+        parked,
+        sequences,
         out,
         lse,
         count,
@@ -149,6 +158,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         &mut row_ids,
         &mut cells,
         &numbers,
+        park_room,
         blueprint,
     );
 }

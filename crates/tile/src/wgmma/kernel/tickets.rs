@@ -28,9 +28,9 @@ impl Tickets {
     }
 
     /// Draws the slot after the next.
-    pub(super) fn draw(&mut self, counter: &[Atomic<u32>]) {
+    pub(super) fn draw(&mut self, counters: &[Atomic<u32>]) {
         if UNIT_POS == 0u32 {
-            self.slot = 2u32 * CUBE_COUNT as u32 + counter[0].fetch_add(1u32);
+            self.slot = 2u32 * CUBE_COUNT as u32 + counters[0].fetch_add(1u32);
         }
     }
 

@@ -1,0 +1,51 @@
+#!/usr/bin/env bash
+# What there is to run on a machine with an NVIDIA GPU, in this order: is it right, is it safe, how fast is it, how fast
+# are others. `./dev gpu` packs this script with the tool. It needs the CUDA toolkit; peers need PyTorch as well.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+export CUDA_PATH=${CUDA_PATH:-/usr/local/cuda}
+export PATH=$PATH:$CUDA_PATH/bin
+[[ -x bifocal ]] || { gunzip -k bifocal.gz; chmod +x bifocal; }
+mkdir -p results
+
+# The device, and its kernels: the second run only loads what the first compiled.
+./bifocal doctor --device cuda
+./bifocal warm --device cuda --element bf16 --heads 16 --head-dim 128 --json results/warm-first.json
+./bifocal warm --device cuda --element bf16 --heads 16 --head-dim 128 --json results/warm-again.json
+
+# Every property, on every routine that the device has.
+./bifocal check --device cuda
+
+# A reduced suite under NVIDIA's checkers: stray accesses, then races in shared memory.
+for property in gates_equal_the_oracle plans_equal_the_oracle attention_equals_the_oracle aha_equals_the_oracle; do
+  for tool in memcheck racecheck; do
+    compute-sanitizer --tool "$tool" --error-exitcode 1 ./bifocal check --device cuda --cases 1 --only "$property"
+  done
+done
+
+# Ours: lengths, shares, how routes are drawn, head dims, grouped queries.
+bench() { ./bifocal bench --device cuda --element bf16 --model-dim 2048 --runs 21 "${@:2}" --json "results/ours-$1.json"; }
+bench 128 --heads 16 --head-dim 128 --lengths 2048,4096,8192,16384,32768
+bench 128-long --heads 16 --head-dim 128 --lengths 65536 --cases full,l2a
+bench 128-share-116 --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --window 128 --far-share 0.116
+bench 128-share-280 --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --window 128 --far-share 0.28
+bench 128-clustered --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --gates clustered
+bench 128-skewed --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --gates skewed
+bench 64 --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed
+bench 96 --heads 16 --head-dim 96 --lengths 16384 --cases full,windowed
+bench 256 --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed
+bench 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases full,router,aha
+
+# Others, at the same shapes.
+peers() { python3 peers/torch_cuda.py "${@:2}" --json "results/torch-$1.json"; }
+dense=sdpa_flash,sdpa_cudnn
+peers 128 --heads 16 --head-dim 128 --lengths 2048,4096,8192,16384,32768
+peers 128-long --heads 16 --head-dim 128 --lengths 65536 --cases $dense
+peers 64 --heads 16 --head-dim 64 --lengths 16384 --cases $dense,flex_window
+peers 96 --heads 16 --head-dim 96 --lengths 16384 --cases $dense,flex_window
+peers 256 --heads 16 --head-dim 256 --lengths 16384 --cases $dense,flex_window
+peers 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases $dense,flex_full
+
+# Both, side by side.
+./bifocal compare results/ours-*.json results/torch-*.json --markdown results/compare.md --plot results/compare.svg
+cat results/compare.md

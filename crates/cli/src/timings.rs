@@ -1,0 +1,58 @@
+//! What a benchmark measured, as JSON: `bifocal bench` writes it, the scripts in `benches/peers` write the same names
+//! for other libraries, and `bifocal compare` reads both.
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Report {
+    pub(crate) device: String,
+    /// The device's own name.
+    pub(crate) name: String,
+    /// Whose attention, and its version; Bifocal's own unless there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) library: Option<String>,
+    pub(crate) element: String,
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) window: usize,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) softcap: Option<f32>,
+    /// How routes were drawn.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) gates: Option<String>,
+    /// The share of token-heads that was asked to look far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) far_share: Option<f64>,
+    /// The share of tokens that was asked to look far.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) far_tokens: Option<f64>,
+    /// Length of the hidden states that the router reads.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) model_dim: Option<usize>,
+    pub(crate) runs: u32,
+    pub(crate) timings: Vec<Timing>,
+}
+
+#[derive(Clone, Debug, Deserialize, Serialize)]
+pub(crate) struct Timing {
+    pub(crate) case: String,
+    pub(crate) length: usize,
+    /// What attention ran by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) routine: Option<String>,
+    /// The first call: it compiles the kernels, or loads them from the cache.
+    pub(crate) first_call_ms: f64,
+    pub(crate) median_ms: f64,
+    pub(crate) fastest_ms: f64,
+    /// The share of routes that came out far, of token-heads or, for L2A, of tokens.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) far_share: Option<f64>,
+    /// 4 D for every pair of a query and a key that its route shows; none for router and plan.
+    pub(crate) useful_flop: Option<f64>,
+    pub(crate) useful_gflops: Option<f64>,
+    /// Every input read once and every output written once.
+    #[serde(default)]
+    pub(crate) useful_bytes: Option<f64>,
+}

@@ -1,0 +1,409 @@
+//! One cube, one item: warps of 16 or 32 rows each.
+//!
+//! Tiles of keys and of values take turns in a ring in shared memory, copied ahead of their use by all threads. A step
+//! waits for its tile, meets the other warps, which have then left the tile before, and starts the copy that takes that
+//! one's place. Two cubes or more share a multiprocessor, so that one computes weights while the other's products run.
+//! What a thread needs to hold is what decides the shape of a tile: outputs, scores and weights are in registers.
+//! (Dao, FlashAttention-2, arXiv 2307.08691.)
+
+// In a kernel `%` is one instruction and `is_multiple_of` is not there; an `if` on compile-time values stays apart from
+// one on run-time values.
+#![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
+
+use cubecl::prelude::*;
+
+use super::ptx;
+use crate::{
+    portable::{INVALID_ROW, Strides},
+    tensor_core::{
+        Blueprint, Layout, Numbers, PANEL, SWIZZLE,
+        finish::{finish, redo_odd},
+        gather::swizzled,
+        items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
+        ptx::{copy_16, global_address, shared_address},
+        softmax::{Positions, Softmax, fold, pack_weights},
+    },
+    visibility::Bounds,
+};
+
+/// Keys or values of an item's list.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Source {
+    /// The address of key 0.
+    address: u64,
+    /// Elements from a key to the next.
+    stride: u32,
+}
+
+/// Where a thread copies: every how manieth row of a panel, and which 16 bytes of it.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Place {
+    row: u32,
+    column: u32,
+    /// Within the panel, in bytes.
+    offset: u32,
+}
+
+/// Units of 16 bytes in a row of a panel.
+const fn panel_columns(blueprint: Blueprint, panel: usize) -> usize {
+    let columns = blueprint.shape.dim - panel * PANEL;
+    if columns < PANEL { columns / 8 } else { PANEL / 8 }
+}
+
+/// Rows of a panel that all threads together copy at once.
+const fn rows_at_once(blueprint: Blueprint, panel: usize) -> usize {
+    blueprint.threads() as usize / panel_columns(blueprint, panel)
+}
+
+/// Bytes of queries and ring together.
+const fn room_bytes(blueprint: Blueprint) -> u32 {
+    blueprint.query_bytes() as u32 + blueprint.stages * blueprint.key_bytes() as u32
+}
+
+/// Where rows are noted until their queries are being copied, in words: in the ring's last place, which is filled last.
+const fn starts_at(blueprint: Blueprint) -> u32 {
+    (room_bytes(blueprint) - blueprint.key_bytes() as u32) / 4
+}
+
+#[cube]
+fn place(#[comptime] panel: usize, #[comptime] blueprint: Blueprint) -> Place {
+    let columns = comptime![panel_columns(blueprint, panel) as u32];
+    let row = UNIT_POS / columns;
+    let column = UNIT_POS % columns;
+    Place { row, column, offset: row * comptime![SWIZZLE as u32] + swizzled(row, column) }
+}
+
+/// Starts the copy of a tile of keys or values to `room`. Those beyond the last are zeros: no row sees them, but 0 x
+/// NaN is NaN.
+#[cube]
+fn copy_tile(
+    source: &Source,
+    keys: &Keys,
+    tile: u32,
+    room: u32,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    let start = tile_start(keys, tile, blueprint) as u32;
+    let end = numbers.first_position as u32 + numbers.query_len;
+    #[unroll]
+    for panel in 0..comptime![blueprint.panels()] {
+        let place = place(panel, blueprint);
+        let from = source.address + (place.column * 16u32) as u64;
+        let at_once = comptime![rows_at_once(blueprint, panel)];
+        #[unroll]
+        for pass in 0..comptime![blueprint.shape.keys / at_once] {
+            let key = start + place.row + comptime![(pass * at_once) as u32];
+            ptx::copy_16_or_zeros(
+                room + place.offset
+                    + comptime![((panel * blueprint.shape.keys + pass * at_once) * SWIZZLE) as u32],
+                from + (key * source.stride) as u64 * 2u64 + comptime![(panel * SWIZZLE) as u64],
+                select(key < end, 16u32, 0u32),
+            );
+        }
+    }
+}
+
+/// Starts the copies of an item's queries to `room`. Where they begin is noted in `tiles`.
+#[cube]
+fn copy_queries(source: u64, tiles: &[u32], room: u32, #[comptime] blueprint: Blueprint) {
+    #[unroll]
+    for panel in 0..comptime![blueprint.panels()] {
+        let place = place(panel, blueprint);
+        let from = source + (place.column * 16u32) as u64;
+        let at_once = comptime![rows_at_once(blueprint, panel)];
+        #[unroll]
+        for pass in 0..comptime![blueprint.shape.rows / at_once] {
+            let row = place.row + comptime![starts_at(blueprint) + (pass * at_once) as u32];
+            let start = tiles[row as usize];
+            copy_16(
+                room + place.offset
+                    + comptime![((panel * blueprint.shape.rows + pass * at_once) * SWIZZLE) as u32],
+                from + start as u64 * 2u64 + comptime![(panel * SWIZZLE) as u64],
+            );
+        }
+    }
+}
+
+/// Starts the copy of the `step`-th tile of the ring, counted from the keys of `tile`: keys and values take turns.
+#[cube]
+fn copy_ahead(
+    key: &Source,
+    value: &Source,
+    keys: &Keys,
+    tile: u32,
+    #[comptime] step: u32,
+    room: u32,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) {
+    let tile = tile + comptime![step / 2];
+    if tile < keys.tiles {
+        if comptime![step % 2 == 0] {
+            copy_tile(key, keys, tile, room, numbers, blueprint);
+        } else {
+            copy_tile(value, keys, tile, room, numbers, blueprint);
+        }
+    }
+    // An empty group counts too.
+    ptx::copies_commit();
+}
+
+/// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for
+/// anew with every tile: registers are what is short.
+#[cube]
+fn positions_of(
+    bounds: &[i32],
+    warp_row: u32,
+    #[comptime] block: usize,
+    #[comptime] blueprint: Blueprint,
+) -> Positions {
+    let row = warp_row + comptime![block as u32 * 16] + UNIT_POS % 32u32 / 4u32;
+    let last = warp_row + comptime![blueprint.warp_rows as u32 - 1];
+    Positions {
+        upper: bounds_at(bounds, row, blueprint),
+        lower: bounds_at(bounds, row + 8u32, blueprint),
+        first: bounds_at(bounds, warp_row, blueprint),
+        last: bounds_at(bounds, last, blueprint),
+    }
+}
+
+/// The bounds of a row of the item. The first key is kept where it is not 0 for all: in a ragged batch.
+#[cube]
+fn bounds_at(bounds: &[i32], row: u32, #[comptime] blueprint: Blueprint) -> Bounds {
+    let mut first = 0i32;
+    if comptime![blueprint.ragged] {
+        first = bounds[(row + comptime![blueprint.shape.rows as u32]) as usize];
+    }
+    Bounds { first, position: bounds[row as usize] }
+}
+
+/// One block's part of what a thread holds of all of a warp's blocks.
+#[cube]
+fn block_of<NW: Size, NB: Size>(
+    all: &Vector<f32, NW>,
+    #[comptime] block: usize,
+    #[comptime] count: usize,
+) -> Vector<f32, NB> {
+    let mut part = Vector::<f32, NB>::new(0.0f32);
+    #[unroll]
+    for i in 0..count {
+        part.insert(i, all.extract(comptime![block * count + i]));
+    }
+    part
+}
+
+/// One item per cube; cubes beyond the last item leave at once. `NS`, `NP` and `NO` count a thread's scores, packed
+/// weights and outputs of 16 rows, `WS`, `WP` and `WO` those of all rows of its warp.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub(crate) fn attend_kernel<
+    E: Float,
+    O: Float,
+    NS: Size,
+    NP: Size,
+    NO: Size,
+    WS: Size,
+    WP: Size,
+    WO: Size,
+>(
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    sink_logits: &[f32],
+    rows: &[u32],
+    items: &[u32],
+    item_counts: &[u32],
+    sequences: &[u32],
+    out: &mut [O],
+    lse: &mut [f32],
+    query_strides: Strides,
+    key_strides: Strides,
+    value_strides: Strides,
+    out_strides: Strides,
+    numbers: Numbers,
+    #[comptime] blueprint: Blueprint,
+    #[define(E, O)] _elements: [ElemType; 2],
+    #[define(NS)] _scores: usize,
+    #[define(NP)] _weights: usize,
+    #[define(NO)] _outputs: usize,
+    #[define(WS)] _warp_scores: usize,
+    #[define(WP)] _warp_weights: usize,
+    #[define(WO)] _warp_outputs: usize,
+) {
+    let slot = CUBE_POS as u32;
+    let mut count = numbers.items;
+    if comptime![blueprint.routed] {
+        count = item_counts[numbers.reach as usize];
+    }
+    if slot >= count {
+        terminate!();
+    }
+    let mut tiles =
+        Shared::<[u32]>::new_aligned_slice(comptime![room_bytes(blueprint) as usize / 4], 1024usize);
+    let mut row_ids = Shared::<[u32]>::new_slice(comptime![blueprint.shape.rows]);
+    let kinds = comptime![if blueprint.ragged { 2 } else { 1 }];
+    let mut bounds = Shared::<[i32]>::new_slice(comptime![kinds * blueprint.shape.rows]);
+    let query_room = shared_address(&tiles);
+    let ring = query_room + comptime![blueprint.query_bytes() as u32];
+    let tile_bytes = comptime![blueprint.key_bytes() as u32];
+    let stages = comptime![blueprint.stages];
+    let ring_bytes = comptime![blueprint.stages * blueprint.key_bytes() as u32];
+    let blocks = comptime![blueprint.blocks()];
+    let layout = Layout { query: query_strides, key: key_strides, value: value_strides };
+
+    let item = item_of(slot, items, &numbers, blueprint);
+    let first = row_at(&item, 0u32, rows, &numbers, blueprint);
+    let last = row_at(&item, item.rows, rows, &numbers, blueprint);
+    let first = bounds_of_row(first, sequences, &numbers, blueprint);
+    let last = bounds_of_row(last, sequences, &numbers, blueprint);
+    let keys = keys_between(&first, &last, &numbers, blueprint);
+    let batch = item.list / numbers.kv_heads;
+    let kv_head = item.list % numbers.kv_heads;
+    let key_start = batch * layout.key.batch + kv_head * layout.key.head;
+    let value_start = batch * layout.value.batch + kv_head * layout.value.head;
+    let key_source = Source {
+        address: global_address::<E>(key.as_ptr()) + key_start as u64 * 2u64,
+        stride: layout.key.token,
+    };
+    let value_source = Source {
+        address: global_address::<E>(value.as_ptr()) + value_start as u64 * 2u64,
+        stride: layout.value.token,
+    };
+    if UNIT_POS < comptime![blueprint.shape.rows as u32] {
+        let id = row_at(&item, UNIT_POS, rows, &numbers, blueprint);
+        let row = id % INVALID_ROW;
+        row_ids[UNIT_POS as usize] = id;
+        let of_row = bounds_of_row(id, sequences, &numbers, blueprint);
+        bounds[UNIT_POS as usize] = of_row.position;
+        if comptime![blueprint.ragged] {
+            bounds[(UNIT_POS + comptime![blueprint.shape.rows as u32]) as usize] = of_row.first;
+        }
+        tiles[(comptime![starts_at(blueprint)] + UNIT_POS) as usize] = batch * layout.query.batch
+            + (kv_head * numbers.group + row % numbers.group) * layout.query.head
+            + row / numbers.group * layout.query.token;
+    }
+    sync_cube();
+    // The queries join the first tile's group.
+    copy_queries(global_address::<E>(query.as_ptr()), &tiles, query_room, blueprint);
+    #[unroll]
+    for step in 0..comptime![stages - 1] {
+        let room = ring + comptime![step * blueprint.key_bytes() as u32];
+        copy_ahead(&key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
+    }
+
+    let lane = UNIT_POS % 32u32;
+    let warp_row = UNIT_POS / 32u32 * comptime![blueprint.warp_rows as u32];
+    let mut softmaxes = Sequence::<Softmax>::new();
+    #[unroll]
+    for block in 0..blocks {
+        let row = warp_row + comptime![block as u32 * 16] + lane / 4u32;
+        softmaxes.push(Softmax::new(
+            kv_head * numbers.group + row_ids[row as usize] % INVALID_ROW % numbers.group,
+            kv_head * numbers.group + row_ids[(row + 8u32) as usize] % INVALID_ROW % numbers.group,
+            sink_logits,
+            &numbers,
+            blueprint,
+        ));
+    }
+    let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + ptx::across(lane);
+    let key_at = ring + ptx::down(lane);
+    let value_at = ring + ptx::across(lane);
+
+    let mut acc = Vector::<f32, WO>::new(0.0f32);
+    // Where in the ring this step's tile is, and the one before, whose place is free once all warps are here.
+    let mut now = 0u32;
+    let mut before = u32::new(comptime![(ring_bytes - tile_bytes) as i64]);
+    for tile in 0..keys.tiles {
+        ptx::copies_wait(comptime![stages - 2]);
+        sync_cube();
+        let ahead = comptime![stages - 1];
+        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        let scores = ptx::scores::<WS>(query_at, key_at + now, blueprint);
+        before = now;
+        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+
+        ptx::copies_wait(comptime![stages - 2]);
+        sync_cube();
+        let ahead = comptime![stages];
+        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        let mut weights = Vector::<u32, WP>::new(0u32);
+        #[unroll]
+        for block in 0..blocks {
+            let count = comptime![blueprint.shape.keys / 2];
+            let part = block_of::<WS, NS>(&scores, block, count);
+            let softmax = softmaxes.index_mut(block);
+            let at = positions_of(&bounds, warp_row, block, blueprint);
+            let part = fold::<NS>(part, softmax, &at, tile, &keys, &numbers, blueprint);
+            let packed = pack_weights::<NS, NP>(&part, blueprint);
+            #[unroll]
+            for i in 0..comptime![count / 2] {
+                weights.insert(comptime![block * count / 2 + i], packed.extract(i));
+            }
+            let upper = softmax.correction[0];
+            let lower = softmax.correction[1];
+            // Maxima grow ever more rarely: most tiles of a long row leave what was summed as it is.
+            if plane_any(upper != 1.0f32 || lower != 1.0f32) {
+                #[unroll]
+                for i in 0..comptime![blueprint.shape.dim / 8] {
+                    let at = comptime![block * blueprint.shape.columns() / 2 + i * 4];
+                    let a = acc.extract(at) * upper;
+                    let b = acc.extract(at + 1) * upper;
+                    let c = acc.extract(at + 2) * lower;
+                    let d = acc.extract(at + 3) * lower;
+                    acc.insert(at, a);
+                    acc.insert(at + 1, b);
+                    acc.insert(at + 2, c);
+                    acc.insert(at + 3, d);
+                }
+            }
+        }
+        acc = ptx::values::<WO, WP>(acc, weights, value_at + now, blueprint);
+        before = now;
+        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+    }
+
+    let target = global_address::<O>(out.as_ptr());
+    #[unroll]
+    for block in 0..blocks {
+        let row = warp_row + comptime![block as u32 * 16] + lane / 4u32;
+        let upper_id = row_ids[row as usize];
+        let lower_id = row_ids[(row + 8u32) as usize];
+        let part = block_of::<WO, NO>(&acc, block, comptime![blueprint.shape.columns() / 2]);
+        let softmax = softmaxes.index(block);
+        let upper = finish::<NO>(
+            &part,
+            softmax,
+            upper_id,
+            upper_id % INVALID_ROW / numbers.group,
+            kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group,
+            row < item.rows,
+            batch,
+            lse,
+            target,
+            &out_strides,
+            &numbers,
+            0usize,
+            blueprint,
+        );
+        let lower = finish::<NO>(
+            &part,
+            softmax,
+            lower_id,
+            lower_id % INVALID_ROW / numbers.group,
+            kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group,
+            row + 8u32 < item.rows,
+            batch,
+            lse,
+            target,
+            &out_strides,
+            &numbers,
+            1usize,
+            blueprint,
+        );
+        redo_odd::<E, O>(
+            &upper, &lower, batch, kv_head, query, key, value, sequences, &layout, out, &keys, &numbers, blueprint,
+        );
+    }
+}
