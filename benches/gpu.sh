@@ -31,6 +31,7 @@ bench 128-share-116 --heads 16 --head-dim 128 --lengths 32768 --cases router,aha
 bench 128-share-280 --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --window 128 --far-share 0.28
 bench 128-clustered --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --gates clustered
 bench 128-skewed --heads 16 --head-dim 128 --lengths 32768 --cases router,aha --gates skewed
+bench 128-mma --heads 16 --head-dim 128 --lengths 2048,16384 --cases full,windowed --routine mma
 bench 64 --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed
 bench 96 --heads 16 --head-dim 96 --lengths 16384 --cases full,windowed
 bench 256 --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed

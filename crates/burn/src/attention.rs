@@ -1,6 +1,6 @@
 use bifocal::{
-    Aha, AttentionOperator, Error, Full, Inputs, L2a, MultiWindow, Partial, Problem, Result, Rows, Window,
-    Windowed, cubecl::client::Client,
+    Aha, AttentionOperator, Error, Full, Inputs, L2a, MultiWindow, NonCausal, Partial, Problem, Result, Rows,
+    Window, Windowed, cubecl::client::Client,
 };
 use burn::tensor::{Bool, Tensor, ops::AttentionModuleOptions};
 
@@ -63,8 +63,8 @@ pub fn full_attention(
 /// for it.
 ///
 /// # Errors
-/// [`Error::Option`] for a mask (`true` hides; windows are [`windowed_attention`]), for a bias, and without
-/// `is_causal`; otherwise as [`windowed_attention`].
+/// [`Error::Option`] for a mask (windows are [`windowed_attention`]) and for a bias; otherwise as
+/// [`windowed_attention`].
 pub fn attention(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -83,11 +83,8 @@ pub fn attention(
     without("attn_bias", attn_bias.map(|bias| bias.dims()))?;
     let AttentionModuleOptions { scale, softcap, is_causal } = options;
     let options = AttentionOptions { scale: scale.map(|x| x as f32), softcap: softcap.map(|x| x as f32) };
-    match is_causal {
-        true => dense("attention", [query, key, value], &Full, &options),
-        // The place where full attention that is not causal comes in.
-        false => Err(Error::option("is_causal", false, "true: every reach is causal")),
-    }
+    let operator: &dyn AttentionOperator = if is_causal { &Full } else { &NonCausal };
+    dense("attention", [query, key, value], operator, &options)
 }
 
 /// All-or-Here Attention (arXiv 2512.22562): each token-head's output is the window's where its route is

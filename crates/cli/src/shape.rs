@@ -29,7 +29,7 @@ pub(crate) struct Shape {
     /// Softcap on the attention scores; none unless given.
     #[arg(long)]
     pub(crate) softcap: Option<f32>,
-    /// The routine to run by (wgmma, portable); the fastest that can unless given.
+    /// The routine to run by (wgmma, mma, portable); the fastest that can unless given.
     #[arg(long)]
     routine: Option<Routine>,
 }

@@ -4,8 +4,8 @@ use std::{collections::HashSet, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Full, Inputs, L2a, LinearChoice, LinearGate, MultiWindow, Partial,
-    Router, Rows, Tensor, Window, Windowed,
+    Aha, AttentionOperator, DeviceProfile, Full, Inputs, L2a, LinearChoice, LinearGate, MultiWindow,
+    NonCausal, Partial, Router, Rows, Tensor, Window, Windowed,
     cubecl::{client::Client, launched::LaunchedKernels},
 };
 use clap::{Args, ValueEnum};
@@ -45,18 +45,21 @@ pub(crate) struct Options {
 enum System {
     Windowed,
     Full,
+    NonCausal,
     Aha,
     MultiWindow,
     L2a,
 }
 
 impl System {
-    const ALL: [System; 5] = [System::Windowed, System::Full, System::Aha, System::MultiWindow, System::L2a];
+    const ALL: [System; 6] =
+        [System::Windowed, System::Full, System::NonCausal, System::Aha, System::MultiWindow, System::L2a];
 
     fn name(self) -> &'static str {
         match self {
             System::Windowed => "windowed",
             System::Full => "full",
+            System::NonCausal => "non-causal",
             System::Aha => "aha",
             System::MultiWindow => "multi-window",
             System::L2a => "l2a",
@@ -183,6 +186,7 @@ impl<'a> Model<'a> {
         match system {
             System::Windowed => dense(&self.near),
             System::Full => dense(&Full),
+            System::NonCausal => dense(&NonCausal),
             System::Aha => {
                 let routes = route(&LinearGate::aha(weight(problem.heads)))?;
                 Aha::with_near(self.near).attend(client, problem, inputs, &routes).map(drop)

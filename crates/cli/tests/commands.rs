@@ -48,7 +48,7 @@ fn warm_runs_every_system_and_says_that_nothing_is_kept() {
     let warm = [&["warm", "--device", "cpu", "--windows", "16,64"], &SMALL[..]].concat();
     let found = json(folder.path(), &[&warm[..], &["--json", "-"]].concat());
     let steps = found["steps"].as_array().expect("steps");
-    assert_eq!(steps.len(), 10);
+    assert_eq!(steps.len(), 12);
     assert!(steps.iter().all(|step| step["kernels"].as_u64() > Some(0)), "{found}");
     let [first, .., last] = &steps[..] else { panic!("steps") };
     assert_eq!((&first["system"], &last["system"]), (&"windowed".into(), &"l2a".into()));
