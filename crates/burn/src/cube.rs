@@ -75,9 +75,8 @@ mod tests {
         assert_eq!(strides, [120, 24, 8, 1]);
         let heads_first = tensor.clone().swap_dims(1, 2);
         assert_eq!(memory(&heads_first), (buffer, [120, 8, 24, 1]));
-        assert_eq!(memory(&tensor.clone().narrow(0, 1, 1)), (buffer, [120, 24, 8, 1]));
-        let shared = tensor.clone().narrow(2, 0, 1).expand([2, 5, 4, 8]);
-        assert_eq!(memory(&shared), (buffer, [120, 24, 0, 1]));
+        let one_head = Tensor::<4>::zeros([2, 1, 5, 8], &device);
+        assert_eq!(memory(&one_head.clone().expand([2, 4, 5, 8])), (memory(&one_head).0, [40, 0, 8, 1]));
         // A strided last dimension is the one that has to be gathered.
         assert_ne!(memory(&tensor.swap_dims(2, 3)).0, buffer);
     }
