@@ -29,6 +29,7 @@ pub struct Plan {
     list_counts: Handle,
     items: Handle,
     item_counts: Handle,
+    counters: Handle,
     geometry: RouteGeometry,
     lists: usize,
     packed_rows: usize,
@@ -81,6 +82,7 @@ impl Plan {
             list_counts: buffer(geometry.reaches * lists),
             items: buffer(geometry.reaches * max_items * 3),
             item_counts: buffer(geometry.reaches),
+            counters: buffer(geometry.reaches * RoutedRows::COUNTERS),
             geometry,
             lists,
             packed_rows,
@@ -124,7 +126,7 @@ impl Plan {
                 reaches,
                 planes,
             );
-            let (cubes, units) = grid(client, geometry.reaches * max_items);
+            let (cubes, units) = grid(client, geometry.reaches * max_items.max(RoutedRows::COUNTERS));
             cut_items::launch_unchecked(
                 client,
                 cubes,
@@ -132,6 +134,7 @@ impl Plan {
                 words(&plan.list_counts),
                 words(&plan.items),
                 words(&plan.item_counts),
+                words(&plan.counters),
                 lists as u32,
                 max_items as u32,
                 item_rows,
@@ -153,6 +156,7 @@ impl Plan {
             rows: &self.rows,
             items: &self.items,
             item_counts: &self.item_counts,
+            counters: &self.counters,
             reach: reach as u32,
             max_items: self.max_items,
             item_rows: self.item_rows,
@@ -317,17 +321,21 @@ fn compact(
     }
 }
 
-/// One unit per item that there can be.
+/// One unit per item that there can be, or per counter where those are more.
 #[cube(launch_unchecked)]
 fn cut_items(
     list_counts: &[u32],
     items: &mut [u32],
     item_counts: &mut [u32],
+    counters: &mut [u32],
     lists: u32,
     max_items: u32,
     item_rows: u32,
-    reaches: u32,
+    #[comptime] reaches: u32,
 ) {
+    if ABSOLUTE_POS < comptime![reaches as usize * RoutedRows::COUNTERS] {
+        counters[ABSOLUTE_POS] = 0u32;
+    }
     if ABSOLUTE_POS >= (reaches * max_items) as usize {
         terminate!();
     }

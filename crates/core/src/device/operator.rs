@@ -78,6 +78,9 @@ pub struct RoutedRows<'a> {
     pub items: &'a Handle,
     /// `u32 [reaches]`: how many items there are.
     pub item_counts: &'a Handle,
+    /// `u32 [reaches, `[`COUNTERS`](Self::COUNTERS)`]`: what a kernel on these rows may count in. All zero before it, and
+    /// left so.
+    pub counters: &'a Handle,
     /// Which reach these rows take.
     pub reach: u32,
     /// How many items there can be for one reach: what a grid is sized by.
@@ -86,6 +89,11 @@ pub struct RoutedRows<'a> {
     pub item_rows: u32,
     /// The `[batch, kv heads, packed rows]` that the plan was built for.
     pub shape: [usize; 3],
+}
+
+impl RoutedRows<'_> {
+    /// Counters per reach.
+    pub const COUNTERS: usize = 1024;
 }
 
 /// Which rows an operator computes. It writes those and leaves the others as they are.

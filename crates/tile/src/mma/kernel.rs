@@ -403,7 +403,8 @@ pub(crate) fn attend_kernel<
             blueprint,
         );
         redo_odd::<E, O>(
-            &upper, &lower, batch, kv_head, query, key, value, sequences, &layout, out, &keys, &numbers, blueprint,
+            &upper, &lower, batch, kv_head, query, key, value, sequences, &layout, out, &keys, &numbers,
+            blueprint,
         );
     }
 }

@@ -95,7 +95,9 @@ pub(crate) fn redo_odd<E: Float, O: Float>(
                 odd: plane_shuffle(select(r < 8u32, upper.odd, lower.odd), from),
             };
             if row.odd > 0u32 {
-                redo::<E, O>(&row, batch, kv_head, query, key, value, sequences, layout, out, keys, numbers, blueprint);
+                redo::<E, O>(
+                    &row, batch, kv_head, query, key, value, sequences, layout, out, keys, numbers, blueprint,
+                );
             }
         }
     }

@@ -70,13 +70,13 @@ pub(crate) fn item_of(slot: u32, items: &[u32], numbers: &Numbers, #[comptime] b
     let rows = comptime![blueprint.shape.rows as u32];
     let packed = numbers.query_len * numbers.group;
     let tiles = packed.div_ceil(rows);
-    // Whole lists take turns; within a turn the tiles with most keys come first.
+    // Whole lists take turns; within a turn the tiles with most keys come first, or, every other turn, last.
     let turn = slot / (numbers.lists_at_once * tiles);
     let before = turn * numbers.lists_at_once;
     let lists = min(numbers.lists_at_once, numbers.lists - before);
     let within = slot - before * tiles;
     let mut list = before + within % lists;
-    let mut first = (tiles - 1u32 - within / lists) * rows;
+    let mut first = select(turn % 2u32 == 0u32, tiles - 1u32 - within / lists, within / lists) * rows;
     let mut count = min(packed - first, rows);
     if comptime![blueprint.routed] {
         let at = ((numbers.reach * numbers.items + slot) * 3u32) as usize;

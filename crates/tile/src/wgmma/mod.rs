@@ -8,13 +8,13 @@ mod source;
 use bifocal_core::{
     DeviceProfile, Element, Problem, Refusal,
     device::{
-        Inputs, Partial, TensorView,
+        Inputs, Partial, RoutedRows, TensorView,
         launch::{elements, words},
     },
 };
 use cubecl::{client::Client, ir::ElemType, prelude::*};
 
-use self::kernel::{attend_kernel, parts};
+use self::kernel::{attend_kernel, parts, tickets};
 pub use self::products::products;
 use crate::{
     engine::Work,
@@ -92,15 +92,22 @@ pub(crate) fn launch(
     let numbers = numbers(problem, work);
     let threads = blueprint.warpgroups() * 128;
     // Where there are fewer items than this, they are cut into parts.
-    let park_room = 2 * profile.multiprocessors;
-    let counters = client.create_from_slice(&vec![0; (1 + 2 * park_room as usize) * 4]);
-    let few = work.routed || work.max_items <= park_room as usize / 2;
-    let (parked, slots) = if blueprint.in_parts() && few {
-        let numbers = park_room as usize * parts::parked_numbers(blueprint) * threads as usize;
-        (client.empty(numbers * 4), work.max_items * parts::MOST as usize)
-    } else {
-        (counters.clone(), work.max_items)
+    let most_counted = (RoutedRows::COUNTERS - tickets::PARTS as usize) / 2;
+    let park_room = (2 * profile.multiprocessors as usize).min(most_counted);
+    let few = work.routed || work.max_items <= park_room / 2;
+    let in_parts = blueprint.in_parts() && few;
+    let unused = || work.items.clone();
+    let counters = match work.counters {
+        Some(counters) => counters.clone(),
+        None if in_parts => client.create_from_slice(&[0; RoutedRows::COUNTERS * 4]),
+        None => unused(),
     };
+    let parked = if in_parts {
+        client.empty(park_room * parts::parked_numbers(blueprint) * threads as usize * 4)
+    } else {
+        unused()
+    };
+    let slots = if in_parts { work.max_items * parts::MOST as usize } else { work.max_items };
     let cubes = slots.clamp(1, profile.multiprocessors as usize) as u32;
     let element: ElemType = problem.element.into();
     let Shape { keys, .. } = blueprint.shape;
@@ -133,7 +140,7 @@ pub(crate) fn launch(
             strides(inputs.value.strides()),
             strides(partial.out.strides()),
             numbers,
-            park_room,
+            park_room as u32,
             blueprint,
             [element, partial.out.element().into()],
             keys / 2,

@@ -1,5 +1,6 @@
 //! What a warpgroup does with its items.
 
+use bifocal_core::device::RoutedRows;
 use cubecl::prelude::*;
 
 use super::{
@@ -7,7 +8,7 @@ use super::{
     fetch::{Cursor, Stretch, fetch},
     parts::{park, parts_of, take_up},
     stage_of,
-    tickets::{self, Tickets},
+    tickets::{self, Tickets, dealt, leave},
 };
 use crate::{
     portable::{INVALID_ROW, Strides},
@@ -77,6 +78,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let mut tile_number = 0u32;
     let mut item_number = 0u32;
     let mut tickets = Tickets::new();
+    let mut first_counter = 0u32;
+    if comptime![blueprint.routed] {
+        first_counter = numbers.reach * comptime![RoutedRows::COUNTERS as u32];
+    }
     let parts = parts_of(count, park_room, blueprint);
     let slots = count * parts;
     let mut slot = CUBE_POS as u32;
@@ -121,7 +126,11 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let buffer = item_number % comptime![blueprint.query_stages];
         let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
         let this_slot = slot;
-        slot = tickets.next(item_number, cells, room);
+        if comptime![blueprint.routed] {
+            slot = tickets.next(item_number, cells, room);
+        } else {
+            slot = dealt(item_number + 1u32);
+        }
         // Loads of the next item's place and rows are begun here and used once this item's first scores are folded.
         let next_item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
         let mut next = stretch(&next_item, now.keys, numbers);
@@ -367,8 +376,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             }
         }
 
-        if slot < slots {
-            tickets.draw(counters);
+        if comptime![blueprint.routed] {
+            if slot < slots {
+                tickets.draw(counters, first_counter);
+            }
         }
         let mut whole = true;
         if comptime![blueprint.in_parts()] {
@@ -381,7 +392,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     parts,
                     parked,
                     counters,
-                    1u32 + first_slot / parts * 2u32 + warpgroup,
+                    first_counter + comptime![tickets::PARTS] + first_slot / parts * 2u32 + warpgroup,
                     cells,
                     comptime![tickets::STAGES] + warpgroup,
                     together,
@@ -426,7 +437,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
             redo_odd::<E, O>(
-                &upper, &lower, batch, kv_head, query, key, value, sequences, layout, out, &keys, numbers, blueprint,
+                &upper, &lower, batch, kv_head, query, key, value, sequences, layout, out, &keys, numbers,
+                blueprint,
             );
         }
         item.set(&next_item);
@@ -434,5 +446,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         key_cursor.advance();
         value_cursor.advance();
         item_number += 1u32;
+    }
+    if comptime![blueprint.routed] {
+        leave(counters, first_counter);
     }
 }

@@ -18,7 +18,7 @@ use cubecl::prelude::*;
 mod compute;
 mod fetch;
 pub(super) mod parts;
-mod tickets;
+pub(super) mod tickets;
 
 use self::compute::compute_items;
 use super::ptx;

@@ -71,7 +71,11 @@ pub(super) fn park<NO: Size>(
     }
     ptx::turn_wait(together, 128usize);
     ptx::fence_device();
-    cells[cell as usize] == parts - 1u32
+    let last = cells[cell as usize] == parts - 1u32;
+    if last && UNIT_POS % WARPGROUP == 0u32 {
+        counters[counter as usize].store(0u32);
+    }
+    last
 }
 
 /// Adds up what was parked for all parts of an item, from `slot` on, in their order, whoever came last.

@@ -1,6 +1,8 @@
-//! Which item a cube takes next: the first two by its position, the others from a counter that all cubes share, so that
-//! a cube that is done early takes more. Items stand longest first, and what is taken is taken late: when the one before
-//! the one before is done.
+//! Which item a cube takes next.
+//!
+//! All rows: items are dealt in rounds, back and forth over a list that stands longest first, so that no cube gets the
+//! longest of every round. Rows of a plan, which may be of any length: the first two by position, the others from a
+//! counter that all cubes share, so that a cube that is done early takes more.
 
 // Rust sees placeholders for a cube's position, and believes that their difference overflows.
 #![allow(arithmetic_overflow)]
@@ -19,6 +21,31 @@ pub(super) struct Tickets {
     slot: u32,
 }
 
+/// What the counters of a launch count, from the first on: tickets, cubes that are done, and for each item and warpgroup
+/// the parts that are.
+pub(super) const DONE: u32 = 1;
+pub(in crate::wgmma) const PARTS: u32 = 2;
+
+/// The slot of a cube's item where items are dealt in rounds.
+#[cube]
+pub(super) fn dealt(round: u32) -> u32 {
+    let cubes = CUBE_COUNT as u32;
+    let position = CUBE_POS as u32;
+    round * cubes + select(round % 2u32 == 0u32, position, cubes - 1u32 - position)
+}
+
+/// The last cube leaves the counters as it found them.
+#[cube]
+pub(super) fn leave(counters: &[Atomic<u32>], from: u32) {
+    if UNIT_POS == 0u32 {
+        let done = counters[(from + comptime![DONE]) as usize].fetch_add(1u32);
+        if done + 1u32 == CUBE_COUNT as u32 {
+            counters[from as usize].store(0u32);
+            counters[(from + comptime![DONE]) as usize].store(0u32);
+        }
+    }
+}
+
 #[cube]
 impl Tickets {
     /// The second round is dealt backwards, so that a cube with a long item gets a short one.
@@ -27,10 +54,10 @@ impl Tickets {
         Tickets { slot }
     }
 
-    /// Draws the slot after the next.
-    pub(super) fn draw(&mut self, counters: &[Atomic<u32>]) {
+    /// Draws the slot after the next from the counter at `from`.
+    pub(super) fn draw(&mut self, counters: &[Atomic<u32>], from: u32) {
         if UNIT_POS == 0u32 {
-            self.slot = 2u32 * CUBE_COUNT as u32 + counters[0].fetch_add(1u32);
+            self.slot = 2u32 * CUBE_COUNT as u32 + counters[from as usize].fetch_add(1u32);
         }
     }
 
