@@ -1,3 +1,6 @@
+// In a kernel `%` is one instruction, and `is_multiple_of` is not there.
+#![allow(clippy::manual_is_multiple_of)]
+
 use bifocal_core::{
     DeviceProfile, Element, Error, Result,
     device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Tensor, TensorView, launch},

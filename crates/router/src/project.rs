@@ -2,6 +2,9 @@
 //! and up to sixteen columns; its units share out the model dim, sixteen bytes at a time, so that every hidden state is
 //! read once, in order, for all columns.
 
+// In a kernel `%` is one instruction, and `is_multiple_of` is not there.
+#![allow(clippy::manual_is_multiple_of)]
+
 use bifocal_core::{
     DeviceProfile, Element,
     device::{Tensor, TensorView},
