@@ -10,8 +10,9 @@ use cubecl::{client::Client, prelude::*, server::Handle};
 /// The bit of a row that marks it as having no valid route.
 pub const INVALID_ROW: u32 = 1 << 31;
 
-/// Tokens that one unit compacts.
+/// Tokens that one unit compacts: few where planes sum what comes before.
 const SEGMENT: u32 = 64;
+const PLANE_SEGMENT: u32 = 16;
 
 /// Routes turned into work, in device memory: per reach and per (batch, kv head) the ascending list of its rows,
 /// packed over the query heads that share the kv head, and the work items cut from all lists.
@@ -71,7 +72,8 @@ impl Plan {
         }
         // Planes take their segments together, and so none of two lists.
         let planes = DeviceProfile::of(client).has_planes();
-        let mut segments = problem.query_len.div_ceil(SEGMENT as usize);
+        let segment = if planes { PLANE_SEGMENT } else { SEGMENT };
+        let mut segments = problem.query_len.div_ceil(segment as usize);
         if planes {
             segments = segments.next_multiple_of(DeviceProfile::PLANE as usize);
         }
@@ -113,6 +115,7 @@ impl Plan {
                 words(&segment_counts),
                 shape(),
                 reaches,
+                segment,
             );
             compact::launch_unchecked(
                 client,
@@ -124,6 +127,7 @@ impl Plan {
                 words(&plan.list_counts),
                 shape(),
                 reaches,
+                segment,
                 planes,
             );
             let (cubes, units) = grid(client, geometry.reaches * max_items.max(RoutedRows::COUNTERS));
@@ -235,7 +239,13 @@ fn router_row(shape: &Shape, list: u32, head_in_group: u32) -> u32 {
 }
 
 #[cube(launch_unchecked)]
-fn count_segments(routes: &[u32], segment_counts: &mut [u32], shape: Shape, #[comptime] reaches: u32) {
+fn count_segments(
+    routes: &[u32],
+    segment_counts: &mut [u32],
+    shape: Shape,
+    #[comptime] reaches: u32,
+    #[comptime] segment_tokens: u32,
+) {
     if ABSOLUTE_POS >= (shape.lists * shape.segments) as usize {
         terminate!();
     }
@@ -245,8 +255,8 @@ fn count_segments(routes: &[u32], segment_counts: &mut [u32], shape: Shape, #[co
     for reach in 0..comptime![reaches as usize] {
         counts[reach] = 0u32;
     }
-    let first = min(segment * SEGMENT, shape.tokens);
-    let end = min(first + SEGMENT, shape.tokens);
+    let first = min(segment * segment_tokens, shape.tokens);
+    let end = min(first + segment_tokens, shape.tokens);
     for head in 0..shape.heads / shape.kv_heads {
         let row = router_row(&shape, list, head);
         for token in first..end {
@@ -268,6 +278,7 @@ fn compact(
     list_counts: &mut [u32],
     shape: Shape,
     #[comptime] reaches: u32,
+    #[comptime] segment_tokens: u32,
     #[comptime] planes: bool,
 ) {
     // The same for a whole plane, where there are planes.
@@ -299,8 +310,8 @@ fn compact(
         }
         next[reach] = before;
     }
-    let first = min(segment * SEGMENT, shape.tokens);
-    let end = min(first + SEGMENT, shape.tokens);
+    let first = min(segment * segment_tokens, shape.tokens);
+    let end = min(first + segment_tokens, shape.tokens);
     for token in first..end {
         for head in 0..group {
             let route = route_at(routes, router_row(&shape, list, head), token, shape.tokens);

@@ -191,7 +191,7 @@ fn route(
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
     let projected = DeviceProfile::of(client).has_planes() && batch <= 65_535;
     if projected {
-        let blueprint = project::Blueprint::new(hidden, weight);
+        let blueprint = project::Blueprint::new(weight);
         let (cubes, units) = blueprint.grid(batch, tokens, columns);
         // SAFETY: spans were checked above; each plane checks its tokens and columns.
         unsafe {
@@ -212,7 +212,6 @@ fn route(
                 ),
                 blueprint,
                 [hidden.element().into(), weight.element().into()],
-                blueprint.dims,
                 blueprint.width,
             );
         }

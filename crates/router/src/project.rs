@@ -1,14 +1,11 @@
 //! The product of hidden states and router weights on GPUs whose units run in planes of 32. One plane takes four tokens
-//! and up to sixteen columns; its units share out the model dim, sixteen bytes at a time, so that every hidden state is
-//! read once, in order, for all columns.
+//! and up to sixteen columns; its units take the dims of the model in turns, so that every hidden state is read once, in
+//! order, for all columns, and the rows of the weight that a plane reads at once lie side by side.
 
 // In a kernel `%` is one instruction, and `is_multiple_of` is not there.
 #![allow(clippy::manual_is_multiple_of)]
 
-use bifocal_core::{
-    DeviceProfile, Element,
-    device::{Tensor, TensorView},
-};
+use bifocal_core::{DeviceProfile, device::Tensor};
 use cubecl::prelude::*;
 
 /// Tokens per plane.
@@ -34,24 +31,24 @@ pub(crate) struct Projection {
 /// The compile-time key of a projection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Blueprint {
-    /// Hidden dims, and columns of the weight, that one load takes.
-    pub(crate) dims: usize,
+    /// Columns of the weight that one load takes.
     pub(crate) width: usize,
     /// Columns per plane, a power of two.
     columns: usize,
 }
 
 impl Blueprint {
-    pub(crate) fn new(hidden: TensorView<'_, 3>, weight: &Tensor<2>) -> Self {
-        let [batch, tokens, model_dim] = hidden.shape();
-        let [_, columns] = weight.shape();
-        let [by_batch, by_token, _] = hidden.strides();
-        let steps = [(batch, by_batch), (tokens, by_token), (2, model_dim)];
-        let dims = load(hidden.element(), hidden.handle().offset_start, &steps);
-        let per_plane = columns.next_power_of_two().min(COLUMNS);
-        let steps = [(2, weight.strides()[0]), (2, columns), (2, per_plane)];
-        let width = load(weight.element(), weight.handle().offset_start, &steps);
-        Self { dims, width, columns: per_plane }
+    pub(crate) fn new(weight: &Tensor<2>) -> Self {
+        let columns = weight.shape()[1].next_power_of_two().min(COLUMNS);
+        let size = weight.element().size();
+        let start = weight.handle().offset_start.unwrap_or(0) as usize / size;
+        // A load starts at any multiple of these.
+        let steps = [start, weight.strides()[0], weight.shape()[1], columns];
+        let mut width = 16 / size;
+        while steps.iter().any(|step| step % width != 0) {
+            width /= 2;
+        }
+        Self { width, columns }
     }
 
     /// Cubes and units.
@@ -62,31 +59,17 @@ impl Blueprint {
     }
 }
 
-/// The most elements, in up to 16 bytes, that a load can take where it may start at any multiple of each step that is
-/// taken (those of sizes above 1).
-fn load(element: Element, offset: Option<u64>, steps: &[(usize, usize)]) -> usize {
-    let mut most = 16 / element.size();
-    let start = offset.unwrap_or(0) as usize / element.size();
-    while most > 1
-        && (!start.is_multiple_of(most) || steps.iter().any(|&(size, step)| size > 1 && step % most != 0))
-    {
-        most /= 2;
-    }
-    most
-}
-
 #[cube(launch_unchecked)]
-pub(crate) fn project_kernel<E: Float, W: Float, ND: Size, NW: Size>(
-    hidden: &[Vector<E, ND>],
+pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
+    hidden: &[E],
     weight: &[Vector<W, NW>],
     logits: &mut [f32],
     shape: Projection,
     #[comptime] blueprint: Blueprint,
     #[define(E, W)] _elements: [ElemType; 2],
-    #[define(ND)] _dims: usize,
     #[define(NW)] _width: usize,
 ) {
-    let (dims, width, columns) = comptime![(blueprint.dims, blueprint.width, blueprint.columns)];
+    let (width, columns) = comptime![(blueprint.width, blueprint.columns)];
     let lane = UNIT_POS % PLANE;
     let first = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
     let column = CUBE_POS_Y * comptime![columns as u32];
@@ -99,7 +82,7 @@ pub(crate) fn project_kernel<E: Float, W: Float, ND: Size, NW: Size>(
     #[unroll]
     for t in 0..TOKENS {
         let token = min(first + comptime![t as u32], shape.tokens - 1u32);
-        offsets[t] = (batch * shape.hidden_batch + token * shape.hidden_token) / comptime![dims as u32];
+        offsets[t] = batch * shape.hidden_batch + token * shape.hidden_token;
     }
     let mut sums = Array::<f32>::new(comptime![TOKENS * columns]);
     #[unroll]
@@ -107,28 +90,24 @@ pub(crate) fn project_kernel<E: Float, W: Float, ND: Size, NW: Size>(
         sums[i] = 0.0f32;
     }
     let mut d = lane;
-    while d < shape.model_dim / comptime![dims as u32] {
-        let mut x = Array::<Vector<f32, ND>>::new(TOKENS);
+    while d < shape.model_dim {
+        let mut x = Array::<f32>::new(TOKENS);
         #[unroll]
         for t in 0..TOKENS {
-            x[t] = Vector::cast_from(hidden[(offsets[t] + d) as usize]);
+            x[t] = f32::cast_from(hidden[(offsets[t] + d) as usize]);
         }
         #[unroll]
-        for i in 0..dims {
-            let row = (d * comptime![dims as u32] + comptime![i as u32]) * shape.weight_row;
+        for block in 0..comptime![columns / width] {
+            // Columns beyond the last are computed from the last again, and not written.
+            let at = min(column + comptime![(block * width) as u32], shape.columns - comptime![width as u32]);
+            let at = (d * shape.weight_row + at) / comptime![width as u32];
+            let w = Vector::<f32, NW>::cast_from(weight[at as usize]);
             #[unroll]
-            for block in 0..comptime![columns / width] {
-                // Columns beyond the last are computed from the last again, and not written.
-                let at = column + comptime![(block * width) as u32];
-                let at = row + min(at, shape.columns - comptime![width as u32]);
-                let w = Vector::<f32, NW>::cast_from(weight[(at / comptime![width as u32]) as usize]);
+            for j in 0..width {
+                let c = comptime![block * width + j];
                 #[unroll]
-                for j in 0..width {
-                    let c = comptime![block * width + j];
-                    #[unroll]
-                    for t in 0..TOKENS {
-                        sums[c * TOKENS + t] = fma(x[t].extract(i), w.extract(j), sums[c * TOKENS + t]);
-                    }
+                for t in 0..TOKENS {
+                    sums[c * TOKENS + t] = fma(x[t], w.extract(j), sums[c * TOKENS + t]);
                 }
             }
         }

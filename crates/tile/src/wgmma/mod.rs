@@ -43,16 +43,6 @@ fn blueprint(
         256 => (64, 2, 1),
         _ => return None,
     };
-    let tune = std::env::var("T").unwrap_or_default();
-    let (keys, stages, query_stages) = match (problem.head_dim, tune.as_str()) {
-        (96 | 128, "1") => (128, 3, 1),
-        (96 | 128, "2") => (64, 6, 1),
-        (96 | 128, "3") => (64, 5, 2),
-        (64, "1") => (128, 6, 2),
-        (64, "2") => (128, 3, 2),
-        (256, "1") => (32, 4, 1),
-        _ => (keys, stages, query_stages),
-    };
     let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
     let softcap = problem.softcap.is_some();
     let warp_rows = 16;
