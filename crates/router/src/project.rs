@@ -12,6 +12,8 @@ use cubecl::prelude::*;
 const TOKENS: usize = 4;
 /// Columns of the weight per plane, at most.
 const COLUMNS: usize = 16;
+/// Dims per unit whose hidden states are asked for at once.
+const AHEAD: usize = 8;
 const PLANE: u32 = DeviceProfile::PLANE;
 /// Planes of a cube.
 const PLANES: u32 = 4;
@@ -59,6 +61,36 @@ impl Blueprint {
     }
 }
 
+/// Adds the products of one hidden dim of every token, from `x[from]` on, with the weight's `row`.
+#[cube]
+fn add<E: Float, W: Float, NW: Size>(
+    sums: &mut Array<f32>,
+    x: &Array<E>,
+    #[comptime] from: usize,
+    weight: &[Vector<W, NW>],
+    row: u32,
+    column: u32,
+    all_columns: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let width = comptime![blueprint.width];
+    #[unroll]
+    for block in 0..comptime![blueprint.columns / width] {
+        // Columns beyond the last are computed from the last again, and not written.
+        let at = column + comptime![(block * width) as u32];
+        let at = row + min(at, all_columns - comptime![width as u32]);
+        let w = Vector::<f32, NW>::cast_from(weight[(at / comptime![width as u32]) as usize]);
+        #[unroll]
+        for j in 0..width {
+            let c = comptime![(block * width + j) * TOKENS];
+            #[unroll]
+            for t in 0..TOKENS {
+                sums[c + t] = fma(f32::cast_from(x[from + t]), w.extract(j), sums[c + t]);
+            }
+        }
+    }
+}
+
 #[cube(launch_unchecked)]
 pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
     hidden: &[E],
@@ -69,7 +101,7 @@ pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
     #[define(E, W)] _elements: [ElemType; 2],
     #[define(NW)] _width: usize,
 ) {
-    let (width, columns) = comptime![(blueprint.width, blueprint.columns)];
+    let columns = comptime![blueprint.columns];
     let lane = UNIT_POS % PLANE;
     let first = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
     let column = CUBE_POS_Y * comptime![columns as u32];
@@ -89,28 +121,32 @@ pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
     for i in 0..comptime![TOKENS * columns] {
         sums[i] = 0.0f32;
     }
+    // Hidden states of several turns are asked for at once, so that memory has enough to do.
     let mut d = lane;
-    while d < shape.model_dim {
-        let mut x = Array::<f32>::new(TOKENS);
+    while d - lane + comptime![AHEAD as u32 * PLANE] <= shape.model_dim {
+        let mut x = Array::<E>::new(comptime![AHEAD * TOKENS]);
         #[unroll]
-        for t in 0..TOKENS {
-            x[t] = f32::cast_from(hidden[(offsets[t] + d) as usize]);
-        }
-        #[unroll]
-        for block in 0..comptime![columns / width] {
-            // Columns beyond the last are computed from the last again, and not written.
-            let at = min(column + comptime![(block * width) as u32], shape.columns - comptime![width as u32]);
-            let at = (d * shape.weight_row + at) / comptime![width as u32];
-            let w = Vector::<f32, NW>::cast_from(weight[at as usize]);
+        for turn in 0..AHEAD {
             #[unroll]
-            for j in 0..width {
-                let c = comptime![block * width + j];
-                #[unroll]
-                for t in 0..TOKENS {
-                    sums[c * TOKENS + t] = fma(x[t], w.extract(j), sums[c * TOKENS + t]);
-                }
+            for t in 0..TOKENS {
+                x[turn * TOKENS + t] = hidden[(offsets[t] + d + comptime![turn as u32 * PLANE]) as usize];
             }
         }
+        #[unroll]
+        for turn in 0..AHEAD {
+            let row = (d + comptime![turn as u32 * PLANE]) * shape.weight_row;
+            add::<E, W, NW>(&mut sums, &x, turn * TOKENS, weight, row, column, shape.columns, blueprint);
+        }
+        d += comptime![AHEAD as u32 * PLANE];
+    }
+    while d < shape.model_dim {
+        let mut x = Array::<E>::new(TOKENS);
+        #[unroll]
+        for t in 0..TOKENS {
+            x[t] = hidden[(offsets[t] + d) as usize];
+        }
+        let row = d * shape.weight_row;
+        add::<E, W, NW>(&mut sums, &x, 0usize, weight, row, column, shape.columns, blueprint);
         d += PLANE;
     }
 
