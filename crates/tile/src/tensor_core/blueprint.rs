@@ -77,6 +77,8 @@ pub(crate) struct Blueprint {
     pub(crate) stages: u32,
     /// Items whose queries are in shared memory.
     pub(crate) query_stages: u32,
+    /// Warpgroups issue their products in turns.
+    pub(crate) turns: bool,
 }
 
 impl Blueprint {

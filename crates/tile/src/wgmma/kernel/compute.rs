@@ -119,8 +119,10 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             );
         }
     }
-    if warpgroup == 1u32 {
-        ptx::turn_give(1u32, threads);
+    if comptime![blueprint.turns] {
+        if warpgroup == 1u32 {
+            ptx::turn_give(1u32, threads);
+        }
     }
     while slot < slots {
         let buffer = item_number % comptime![blueprint.query_stages];
@@ -235,7 +237,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 let (value_stage, value_phase) = stage_of(tile_number, stages);
                 tile_number += 1u32;
                 let (key_stage, key_phase) = stage_of(tile_number, stages);
-                // The first warpgroup waits for its turn anyway, and the last has left the stage by then.
+                // The last warpgroup is about to leave the stage that this tile goes to.
                 fetch::<E>(
                     &mut key_cursor,
                     key_map,
@@ -248,14 +250,18 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     keys_by,
                     blueprint,
                 );
-                ptx::turn_wait(my_turn, threads);
+                if comptime![blueprint.turns] {
+                    ptx::turn_wait(my_turn, threads);
+                }
                 ptx::wait_parity(room.key_full + key_stage * 8u32, key_phase);
                 let key_descriptor = ptx::descriptor(room.key + key_stage * tile_bytes, key_panel);
-                ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
                 let value_descriptor = ptx::descriptor(room.value + value_stage * tile_bytes, key_panel);
                 let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
+                ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
                 let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
-                ptx::turn_give(other_turn, threads);
+                if comptime![blueprint.turns] {
+                    ptx::turn_give(other_turn, threads);
+                }
                 let scores = ptx::scores_end::<NS>(scores, 1usize, shape);
                 if lane == 0u32 {
                     ptx::arrive(room.key_empty + key_stage * 8u32);

@@ -2,8 +2,8 @@
 //!
 //! Keys and values stream through a ring of stages, fetched by one thread ahead of their use; the query rows of the
 //! next item are gathered by index while this one is computed. A warpgroup begins the scores of the next tile and the
-//! values of this one, and computes the softmax of the next while the tensor cores work; the two take turns at issuing,
-//! so that one computes weights while the other's products run (Shah et al., FlashAttention-3, arXiv 2407.08608,
+//! values of this one, and computes the softmax of the next while the tensor cores work; where tiles are few, the two take
+//! turns at issuing, so that one computes weights while the other's products run (Shah et al., FlashAttention-3, arXiv 2407.08608,
 //! sections 3.1 and 3.2).
 //!
 //! There is no warp that only fetches: nine warps would leave each thread 168 registers, eight leave 255, and CubeCL
