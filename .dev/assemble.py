@@ -6,8 +6,10 @@ with a checked-in table and any difference fails; with --update, the table is wr
 """
 
 import argparse
+import concurrent.futures
 import ctypes
 import json
+import os
 import pathlib
 import re
 import subprocess
@@ -78,20 +80,28 @@ def main():
     parser.add_argument("--keep", type=pathlib.Path, help="leave PTX and machine code in this folder")
     arguments = parser.parse_args()
     library = nvrtc()
-    found = {}
-    for file in sorted(arguments.folder.glob("*.cu")):
+    if arguments.keep:
+        arguments.keep.mkdir(parents=True, exist_ok=True)
+
+    def compile(file):
         name, arch = file.stem.rsplit(".", 1)
         ptx = to_ptx(library, file.read_text(), arch)
         cubin = None
         if arguments.keep:
-            arguments.keep.mkdir(parents=True, exist_ok=True)
             (arguments.keep / f"{file.stem}.ptx").write_text(ptx)
             cubin = str(arguments.keep / f"{file.stem}.cubin")
-        report = assemble(ptx, arch, cubin)
-        found[file.stem] = cost(report)
-        print(f"{file.stem:<60} " + "  ".join(f"{key} {value}" for key, value in found[file.stem].items()), flush=True)
-        if found[file.stem]["serialised"]:
-            print(report)
+        return assemble(ptx, arch, cubin)
+
+    found = {}
+    files = sorted(arguments.folder.glob("*.cu"))
+    # Both compilers leave Python's lock alone while they work.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        for file, report in zip(files, pool.map(compile, files)):
+            found[file.stem] = cost(report)
+            costs = "  ".join(f"{key} {value}" for key, value in found[file.stem].items())
+            print(f"{file.stem:<60} {costs}", flush=True)
+            if found[file.stem]["serialised"]:
+                print(report)
     if not found:
         sys.exit(f"no .cu file in {arguments.folder}")
     if arguments.update:

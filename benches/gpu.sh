@@ -17,7 +17,8 @@ mkdir -p results
 ./bifocal check --device cuda
 
 # A reduced suite under NVIDIA's checkers: stray accesses, then races in shared memory.
-for property in gates_equal_the_oracle plans_equal_the_oracle attention_equals_the_oracle aha_equals_the_oracle; do
+for property in gates_equal_the_oracle plans_equal_the_oracle attention_equals_the_oracle aha_equals_the_oracle \
+  packed_sequences_never_mix warpgroup_products_are_plain_sums; do
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 ./bifocal check --device cuda --cases 1 --only "$property"
   done
