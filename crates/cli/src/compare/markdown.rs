@@ -27,7 +27,7 @@ fn table(section: &Section) -> String {
         let _ = writeln!(text, "Beside it: {}.\n", section.libraries.join("; "));
     }
     let peers = section.peers.iter().map(|peer| format!("{peer}, ms"));
-    let header = ["case", "length", "far", "ms", "useful rate", "over ideal"].map(String::from);
+    let header = ["case", "length", "routine", "far", "ms", "useful rate", "over ideal"].map(String::from);
     let header: Vec<String> = header.into_iter().chain(peers).collect();
     let mut line = |cells: &[String]| {
         let _ = writeln!(text, "| {} |", cells.join(" | "));
@@ -45,6 +45,7 @@ fn cells(row: &Row) -> Vec<String> {
     let own = [
         row.case.clone(),
         row.length.to_string(),
+        or_blank(row.routine.clone()),
         or_blank(row.far_share.map(|share| format!("{:.1} %", share * 100.0))),
         milliseconds(row.ms),
         or_blank(rate(row)),
@@ -85,13 +86,13 @@ mod tests {
         assert_eq!(lines[2], "Beside it: torch 2.11 on H100.");
         assert_eq!(
             lines[4],
-            "| case | length | far | ms | useful rate | over ideal | sdpa_cudnn, ms | flex_window, ms |"
+            "| case | length | routine | far | ms | useful rate | over ideal | sdpa_cudnn, ms | flex_window, ms |"
         );
         assert!(
-            lines.contains(&"| full | 16384 |  | 4.398 | 500 TFLOP/s | 1.00 | 5.498 (1.25 x) |  |"),
+            lines.contains(&"| full | 16384 | wgmma |  | 4.398 | 500 TFLOP/s | 1.00 | 5.498 (1.25 x) |  |"),
             "{text}"
         );
-        assert!(lines.contains(&"| router | 16384 |  | 0.004 | 1000 GB/s |  |  |  |"), "{text}");
+        assert!(lines.contains(&"| router | 16384 |  |  | 0.004 | 1000 GB/s |  |  |  |"), "{text}");
         // Header, rule, and ten rows: four cases and one sum at two lengths.
         assert_eq!(lines.iter().filter(|line| line.starts_with('|')).count(), 12, "{text}");
     }

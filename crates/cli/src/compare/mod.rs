@@ -56,6 +56,7 @@ struct Section {
 struct Row {
     case: String,
     length: usize,
+    routine: Option<String>,
     far_share: Option<f64>,
     ms: f64,
     useful_flop: Option<f64>,
@@ -120,6 +121,8 @@ fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section
         .map(|timing| Row {
             case: timing.case.clone(),
             length: timing.length,
+            // Router and plan are no attention.
+            routine: timing.useful_flop.and_then(|_| timing.routine.clone()),
             far_share: timing.far_share,
             ms: timing.median_ms,
             useful_flop: timing.useful_flop,
@@ -194,7 +197,7 @@ pub(crate) mod tests {
         Timing {
             case: case.into(),
             length,
-            routine: None,
+            routine: (!case.contains('_')).then(|| "wgmma".into()),
             first_call_ms: 100.0,
             median_ms,
             fastest_ms: median_ms,
@@ -266,6 +269,8 @@ pub(crate) mod tests {
         assert!((row("full").over_ideal.unwrap() - 1.0).abs() < 1e-9);
         assert!((row("aha").over_ideal.unwrap() - 1.25).abs() < 1e-9);
         assert!((row(WITH_ROUTER).ms - row("aha").ms - 0.004).abs() < 1e-9);
+        assert_eq!(row(WITH_ROUTER).routine.as_deref(), Some("wgmma"));
+        assert_eq!(row("router").routine, None);
     }
 
     #[test]

@@ -62,15 +62,20 @@ fn rates(reports: &[Report]) -> Panel {
     for report in reports {
         for case in DENSE {
             let timings = report.timings.iter().filter(|timing| timing.case == case);
+            let by = timings.clone().find_map(|timing| timing.routine.as_deref());
             let point = |length: usize, gflops: f64| ((length as f64).log2(), gflops / 1e3);
             let points = timings.filter_map(|timing| Some(point(timing.length, timing.useful_gflops?)));
             let whose = if report.library.is_none() { "bifocal" } else { case };
-            let label = format!("{whose}, {} x {}", heads(report), report.head_dim);
+            let label = format!("{whose}{}, {} x {}", by_routine(by), heads(report), report.head_dim);
             add(&mut series, label, points.collect());
         }
     }
     let title = "dense causal attention".into();
     Panel { title, x_title: "tokens", y_title: "TFLOP/s", log_x: true, series }
+}
+
+fn by_routine(routine: Option<&str>) -> String {
+    routine.map_or(String::new(), |routine| format!(" by {routine}"))
 }
 
 fn heads(report: &Report) -> String {
@@ -93,7 +98,8 @@ fn speed_ups(sections: &[Section]) -> Panel {
         for row in &section.rows {
             let Some(times) = speed_up(section, row) else { continue };
             let share = row.far_share.map_or(String::new(), |_| share_asked(section, &row.case));
-            let label = format!("{}{share}, {}", row.case, heads(&section.ours));
+            let by = by_routine(row.routine.as_deref());
+            let label = format!("{}{by}{share}, {}", row.case, heads(&section.ours));
             add(&mut series, label, vec![((row.length as f64).log2(), times)]);
         }
     }
@@ -196,7 +202,9 @@ mod tests {
     fn lines_are_drawn_where_there_are_two_points() {
         let reports = sample();
         let svg = svg(&reports, &join(&reports).unwrap()).unwrap();
-        for text in ["dense causal attention", "bifocal, 16 heads x 128", "sdpa_cudnn, 16 heads x 128"] {
+        for text in
+            ["dense causal attention", "bifocal by wgmma, 16 heads x 128", "sdpa_cudnn, 16 heads x 128"]
+        {
             assert!(svg.contains(text), "{text}");
         }
         assert_eq!(svg.find("</svg>"), Some(svg.trim_end().len() - 6), "one document, ended once");
