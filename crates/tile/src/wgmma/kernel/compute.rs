@@ -5,7 +5,7 @@ use cubecl::prelude::*;
 
 use super::{
     Room, WARPGROUP, WARPGROUP_ROWS,
-    fetch::{Cursor, Stretch, fetch},
+    fetch::{Cursor, Stretch, fetch_keys, fetch_values, fill},
     parts::{park, parts_of, take_up},
     stage_of,
     tickets::{self, Tickets, dealt, leave},
@@ -70,9 +70,6 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     let other_turn = 2u32 - warpgroup;
     let together = 3u32 + warpgroup;
 
-    // Stages of values are left last by the last warpgroup.
-    let keys_by = comptime![0u32];
-    let values_by = comptime![(blueprint.warpgroups() - 1) * WARPGROUP];
     let mut key_cursor = Cursor::new();
     let mut value_cursor = Cursor::new();
     let mut tile_number = 0u32;
@@ -91,33 +88,18 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     now.keys.keep_part(slot % parts, parts, blueprint);
     if slot < slots {
         gather(&item, &ids, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
-        #[unroll]
-        for _ in 0..stages {
-            fetch::<E>(
-                &mut key_cursor,
-                key_map,
-                room.key,
-                room.key_full,
-                room.key_empty,
-                0u32,
-                &now,
-                &now,
-                keys_by,
-                blueprint,
-            );
-            fetch::<E>(
-                &mut value_cursor,
-                value_map,
-                room.value,
-                room.value_full,
-                room.value_empty,
-                0u32,
-                &now,
-                &now,
-                values_by,
-                blueprint,
-            );
-        }
+        fill::<E>(
+            &mut key_cursor,
+            key_map,
+            0u32,
+            &mut value_cursor,
+            value_map,
+            0u32,
+            room,
+            &now,
+            &now,
+            blueprint,
+        );
     }
     if comptime![blueprint.turns] {
         if warpgroup == 1u32 {
@@ -206,50 +188,24 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     );
                 }
             }
-            #[unroll]
-            for _ in 0..stages {
-                fetch::<E>(
-                    &mut key_cursor,
-                    key_map,
-                    room.key,
-                    room.key_full,
-                    room.key_empty,
-                    tile_number + 1u32,
-                    &now,
-                    &next,
-                    keys_by,
-                    blueprint,
-                );
-                fetch::<E>(
-                    &mut value_cursor,
-                    value_map,
-                    room.value,
-                    room.value_full,
-                    room.value_empty,
-                    tile_number,
-                    &now,
-                    &next,
-                    values_by,
-                    blueprint,
-                );
-            }
+            fill::<E>(
+                &mut key_cursor,
+                key_map,
+                tile_number + 1u32,
+                &mut value_cursor,
+                value_map,
+                tile_number,
+                room,
+                &now,
+                &next,
+                blueprint,
+            );
             for tile in 1..now.keys.tiles {
                 let (value_stage, value_phase) = stage_of(tile_number, stages);
                 tile_number += 1u32;
                 let (key_stage, key_phase) = stage_of(tile_number, stages);
                 // The last warpgroup is about to leave the stage that this tile goes to.
-                fetch::<E>(
-                    &mut key_cursor,
-                    key_map,
-                    room.key,
-                    room.key_full,
-                    room.key_empty,
-                    tile_number,
-                    &now,
-                    &next,
-                    keys_by,
-                    blueprint,
-                );
+                fetch_keys::<E>(&mut key_cursor, key_map, room, tile_number, &now, &next, blueprint);
                 if comptime![blueprint.turns] {
                     ptx::turn_wait(my_turn, threads);
                 }
@@ -272,18 +228,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 if lane == 0u32 {
                     ptx::arrive(room.value_empty + value_stage * 8u32);
                 }
-                fetch::<E>(
-                    &mut value_cursor,
-                    value_map,
-                    room.value,
-                    room.value_full,
-                    room.value_empty,
-                    tile_number,
-                    &now,
-                    &next,
-                    values_by,
-                    blueprint,
-                );
+                fetch_values::<E>(&mut value_cursor, value_map, room, tile_number, &now, &next, blueprint);
                 weights = pack_weights::<NS, NP>(&scores, blueprint);
                 let upper = softmax.correction[0];
                 let lower = softmax.correction[1];
@@ -326,18 +271,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             if lane == 0u32 {
                 ptx::arrive(room.value_empty + stage * 8u32);
             }
-            fetch::<E>(
-                &mut value_cursor,
-                value_map,
-                room.value,
-                room.value_full,
-                room.value_empty,
-                tile_number,
-                &now,
-                &next,
-                values_by,
-                blueprint,
-            );
+            fetch_values::<E>(&mut value_cursor, value_map, room, tile_number, &now, &next, blueprint);
         } else if slot < slots {
             let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
             next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
@@ -353,33 +287,18 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 numbers,
                 blueprint,
             );
-            #[unroll]
-            for _ in 0..stages {
-                fetch::<E>(
-                    &mut key_cursor,
-                    key_map,
-                    room.key,
-                    room.key_full,
-                    room.key_empty,
-                    tile_number,
-                    &now,
-                    &next,
-                    keys_by,
-                    blueprint,
-                );
-                fetch::<E>(
-                    &mut value_cursor,
-                    value_map,
-                    room.value,
-                    room.value_full,
-                    room.value_empty,
-                    tile_number,
-                    &now,
-                    &next,
-                    values_by,
-                    blueprint,
-                );
-            }
+            fill::<E>(
+                &mut key_cursor,
+                key_map,
+                tile_number,
+                &mut value_cursor,
+                value_map,
+                tile_number,
+                room,
+                &now,
+                &next,
+                blueprint,
+            );
         }
 
         if comptime![blueprint.routed] {

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::stage_of;
+use super::{Room, WARPGROUP, stage_of};
 use crate::{
     tensor_core::{
         Blueprint, PANEL, SWIZZLE,
@@ -60,7 +60,7 @@ impl Cursor {
 /// Starts the copy of the next tile of keys (or values), if there is one and a stage for it: stages of the first `done`
 /// tiles are free as far as this warpgroup knows. One thread, `by`, does it for the cube.
 #[cube]
-pub(super) fn fetch<E: Float>(
+fn fetch<E: Float>(
     cursor: &mut Cursor,
     map: &TensorMap<E, Tiled>,
     ring: u32,
@@ -114,5 +114,55 @@ pub(super) fn fetch<E: Float>(
             cursor.state[0] = number + 1u32;
             cursor.state[1] = tile + 1u32;
         }
+    }
+}
+
+/// [`fetch`] of keys, by the first warpgroup.
+#[cube]
+pub(super) fn fetch_keys<E: Float>(
+    cursor: &mut Cursor,
+    map: &TensorMap<E, Tiled>,
+    room: &Room,
+    done: u32,
+    now: &Stretch,
+    next: &Stretch,
+    #[comptime] blueprint: Blueprint,
+) {
+    fetch::<E>(cursor, map, room.key, room.key_full, room.key_empty, done, now, next, 0u32, blueprint);
+}
+
+/// [`fetch`] of values, by the last warpgroup, which leaves their stages last.
+#[cube]
+pub(super) fn fetch_values<E: Float>(
+    cursor: &mut Cursor,
+    map: &TensorMap<E, Tiled>,
+    room: &Room,
+    done: u32,
+    now: &Stretch,
+    next: &Stretch,
+    #[comptime] blueprint: Blueprint,
+) {
+    let by = comptime![(blueprint.warpgroups() - 1) * WARPGROUP];
+    fetch::<E>(cursor, map, room.value, room.value_full, room.value_empty, done, now, next, by, blueprint);
+}
+
+/// Fetches keys and values for as many stages as there are.
+#[cube]
+pub(super) fn fill<E: Float>(
+    key_cursor: &mut Cursor,
+    key_map: &TensorMap<E, Tiled>,
+    keys_done: u32,
+    value_cursor: &mut Cursor,
+    value_map: &TensorMap<E, Tiled>,
+    values_done: u32,
+    room: &Room,
+    now: &Stretch,
+    next: &Stretch,
+    #[comptime] blueprint: Blueprint,
+) {
+    #[unroll]
+    for _ in 0..blueprint.stages {
+        fetch_keys::<E>(key_cursor, key_map, room, keys_done, now, next, blueprint);
+        fetch_values::<E>(value_cursor, value_map, room, values_done, now, next, blueprint);
     }
 }

@@ -15,16 +15,16 @@ use crate::wgmma::ptx;
 /// Tickets on their way from the thread that draws them to all others.
 pub(super) const STAGES: u32 = 2;
 
+/// What the counters of a launch count, from the first on: tickets, cubes that are done, and for each item and warpgroup
+/// the parts that are.
+const DONE: u32 = 1;
+pub(in crate::wgmma) const PARTS: u32 = 2;
+
 /// The next slot as its drawer knows it.
 #[derive(CubeType)]
 pub(super) struct Tickets {
     slot: u32,
 }
-
-/// What the counters of a launch count, from the first on: tickets, cubes that are done, and for each item and warpgroup
-/// the parts that are.
-pub(super) const DONE: u32 = 1;
-pub(in crate::wgmma) const PARTS: u32 = 2;
 
 /// The slot of a cube's item where items are dealt in rounds.
 #[cube]
