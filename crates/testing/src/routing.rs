@@ -72,7 +72,9 @@ struct RouterCase {
 fn router_cases(device: &Device, choices: std::ops::Range<usize>) -> impl Strategy<Value = RouterCase> {
     let tokens = prop_oneof![Just(1usize), 2..9usize, 60..70usize];
     let elements = select(device.profile.elements.clone());
-    (1..3usize, tokens, 1..9usize, choices, 1..80usize, elements, any::<bool>(), any::<u64>()).prop_map(
+    // Kernels on planes take 256 dims at a time, and what is left one plane at a time.
+    let model_dims = prop_oneof![3 => 1..80usize, 1 => 250..600usize];
+    (1..3usize, tokens, 1..9usize, choices, model_dims, elements, any::<bool>(), any::<u64>()).prop_map(
         |(batch, tokens, heads, choices, model_dim, element, bias, seed)| RouterCase {
             batch,
             tokens,
