@@ -21,9 +21,11 @@ const PLANE_SEGMENT: u32 = 16;
 /// [`INVALID_ROW`] set, so that its output can be made NaN. Building takes three launches and no read-back: count
 /// per segment of tokens, compact (stable, so lists ascend and two runs agree bit for bit), cut.
 ///
-/// Items stand by their rank from the end of their list: the last of every list, then the last but one of every list,
-/// and so on. Where keys up to the query's own are visible that is longest first, as nearly as can be told without
-/// looking at rows, and a device that takes items in turn finishes evenly.
+/// Lists take turns, several at once. Within a turn items stand by their rank from the end of their list: the last of
+/// every list, then the last but one of every list, and so on. Where keys up to the query's own are visible that is
+/// longest first, as nearly as can be told without looking at rows. A turn has about as many items as the device has
+/// multiprocessors: they begin together and read the same keys at the same time, from a cache; as they end, shortest
+/// first, the items of the next turn begin, longest first, and all of these end together. So turns go in pairs.
 #[derive(Clone, Debug)]
 pub struct Plan {
     rows: Handle,
@@ -44,7 +46,8 @@ pub struct Plan {
 pub struct HostPlan {
     /// `[reach][batch * kv head]`: ascending rows.
     pub lists: Vec<Vec<Vec<u32>>>,
-    /// `[reach]`: (batch * kv head, first entry, rows) of each work item, by their rank from the end of their list.
+    /// `[reach]`: (batch * kv head, first entry, rows) of each work item, by turns of lists, and within a turn by their rank
+    /// from the end of their list.
     pub items: Vec<Vec<[u32; 3]>>,
 }
 
@@ -71,7 +74,8 @@ impl Plan {
             return Err(Error::TooLarge { what: "rows in a dispatch plan", size: room, limit });
         }
         // Planes take their segments together, and so none of two lists.
-        let planes = DeviceProfile::of(client).has_planes();
+        let profile = DeviceProfile::of(client);
+        let planes = profile.has_planes();
         let segment = if planes { PLANE_SEGMENT } else { SEGMENT };
         let mut segments = problem.query_len.div_ceil(segment as usize);
         if planes {
@@ -79,6 +83,8 @@ impl Plan {
         }
         let buffer = |words: usize| client.empty(words * 4);
         let segment_counts = buffer(geometry.reaches * lists * segments);
+        let group_counts =
+            buffer(geometry.reaches * lists * segments.div_ceil(DeviceProfile::PLANE as usize));
         let plan = Self {
             rows: buffer(room as usize),
             list_counts: buffer(geometry.reaches * lists),
@@ -113,9 +119,11 @@ impl Plan {
                 units,
                 words(routes.handle()),
                 words(&segment_counts),
+                words(&group_counts),
                 shape(),
                 reaches,
                 segment,
+                planes,
             );
             compact::launch_unchecked(
                 client,
@@ -123,6 +131,7 @@ impl Plan {
                 units,
                 words(routes.handle()),
                 words(&segment_counts),
+                words(&group_counts),
                 words(&plan.rows),
                 words(&plan.list_counts),
                 shape(),
@@ -142,6 +151,7 @@ impl Plan {
                 lists as u32,
                 max_items as u32,
                 item_rows,
+                profile.multiprocessors.max(1),
                 reaches,
             );
         }
@@ -238,14 +248,18 @@ fn router_row(shape: &Shape, list: u32, head_in_group: u32) -> u32 {
     (list / shape.kv_heads) * shape.router_heads + head * shape.router_heads / shape.heads
 }
 
+/// Counts the rows of every segment on each reach, and of every plane's segments together.
 #[cube(launch_unchecked)]
 fn count_segments(
     routes: &[u32],
     segment_counts: &mut [u32],
+    group_counts: &mut [u32],
     shape: Shape,
     #[comptime] reaches: u32,
     #[comptime] segment_tokens: u32,
+    #[comptime] planes: bool,
 ) {
+    // The same for a whole plane, where there are planes.
     if ABSOLUTE_POS >= (shape.lists * shape.segments) as usize {
         terminate!();
     }
@@ -267,6 +281,12 @@ fn count_segments(
     for reach in 0..comptime![reaches as usize] {
         let at = (reach as u32 * shape.lists + list) * shape.segments + segment;
         segment_counts[at as usize] = counts[reach];
+        if comptime![planes] {
+            let together = plane_sum(counts[reach]);
+            if segment % DeviceProfile::PLANE == 0u32 {
+                group_counts[(at / DeviceProfile::PLANE) as usize] = together;
+            }
+        }
     }
 }
 
@@ -274,6 +294,7 @@ fn count_segments(
 fn compact(
     routes: &[u32],
     segment_counts: &[u32],
+    group_counts: &[u32],
     rows: &mut [u32],
     list_counts: &mut [u32],
     shape: Shape,
@@ -294,12 +315,14 @@ fn compact(
         let base = (reach as u32 * shape.lists + list) * shape.segments;
         let mut before = 0u32;
         if comptime![planes] {
-            // The units of a plane have 32 segments in a row: all before them are summed together.
+            // The units of a plane have 32 segments in a row; those of the planes before are summed by all of them.
             let lane = segment % DeviceProfile::PLANE;
-            let mut s = lane;
-            while s + lane < segment {
-                before += segment_counts[(base + s) as usize];
-                s += DeviceProfile::PLANE;
+            let group = segment / DeviceProfile::PLANE;
+            let groups_base = base / DeviceProfile::PLANE;
+            let mut g = lane;
+            while g < group {
+                before += group_counts[(groups_base + g) as usize];
+                g += DeviceProfile::PLANE;
             }
             let own = segment_counts[(base + segment) as usize];
             before = plane_sum(before) + plane_exclusive_sum(own);
@@ -342,6 +365,7 @@ fn cut_items(
     lists: u32,
     max_items: u32,
     item_rows: u32,
+    multiprocessors: u32,
     #[comptime] reaches: u32,
 ) {
     if ABSOLUTE_POS < comptime![reaches as usize * RoutedRows::COUNTERS] {
@@ -370,13 +394,22 @@ fn cut_items(
     if mine < lists {
         let count = list_counts[(reach * lists + mine) as usize];
         let rank = count.div_ceil(item_rows) - 1u32 - item;
-        // Before it stand all items of a smaller rank, and those of the same rank in earlier lists.
+        // As many pairs of turns as two items per multiprocessor fill.
+        let pairs = (before + multiprocessors) / (2u32 * multiprocessors);
+        let at_once = max(lists / max(2u32 * pairs, 1u32), 1u32);
+        let turn = mine / at_once;
+        // Before it stand all items of earlier turns, those of its turn of a smaller rank, and those of the same rank in
+        // earlier lists.
         let mut place = 0u32;
         for list in 0..lists {
             let cut = list_counts[(reach * lists + list) as usize].div_ceil(item_rows);
-            place += min(cut, rank);
-            if list < mine && cut > rank {
-                place += 1u32;
+            if list / at_once < turn {
+                place += cut;
+            } else if list / at_once == turn {
+                place += min(cut, rank);
+                if list < mine && cut > rank {
+                    place += 1u32;
+                }
             }
         }
         let at = ((reach * max_items + place) * 3u32) as usize;

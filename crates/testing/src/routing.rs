@@ -364,11 +364,13 @@ fn plans_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String>
             if covered.iter().flatten().any(|&times| times != 1) {
                 return Err("a row is not in exactly one item".into());
             }
-            // From the end of its list: the last item of every list comes first.
-            let rank =
-                |&[list, first, _]: &[u32; 3]| (lists[list as usize].len() as u32 - 1 - first) / item_rows;
-            if !items.is_sorted_by_key(rank) {
-                return Err("an item comes before one that is nearer to the end of its list".into());
+            // Lists take turns; within a turn the last item of every list comes first.
+            let order = |&[list, first, _]: &[u32; 3], at_once: u32| {
+                (list / at_once, (lists[list as usize].len() as u32 - 1 - first) / item_rows, list)
+            };
+            let in_turns = |at_once| items.is_sorted_by_key(|item| order(item, at_once));
+            if !(1..=lists.len() as u32).any(in_turns) {
+                return Err("items do not stand by turns of lists and their rank from the end".into());
             }
             let ascends = |list: &Vec<u32>| list.is_sorted_by(|a, b| a % INVALID_ROW < b % INVALID_ROW);
             if !lists.iter().all(ascends) {
