@@ -158,6 +158,7 @@ impl Plan {
         }
         Ok(Rows::Routed(RoutedRows {
             rows: &self.rows,
+            list_counts: &self.list_counts,
             items: &self.items,
             item_counts: &self.item_counts,
             counters: &self.counters,
