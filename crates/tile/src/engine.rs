@@ -4,7 +4,9 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, server::Handle};
 
-use crate::{mma, portable, sinks, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma};
+use crate::{
+    mma, portable, rows::Sight, sinks, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma,
+};
 
 /// Rows per work item on a device: what a dispatch plan cuts its lists into.
 pub fn item_rows(profile: &DeviceProfile) -> u32 {
@@ -133,6 +135,11 @@ impl<'a> Work<'a> {
             return Err(Error::TooLarge { what: "work items", size: work.max_items as u128, limit });
         }
         Ok(work)
+    }
+
+    pub(crate) fn sight(&self) -> Sight {
+        let Self { visibility, routed, sequences, .. } = *self;
+        Sight { visibility, routed, ragged: sequences.is_some() }
     }
 }
 

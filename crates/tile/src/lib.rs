@@ -8,6 +8,7 @@
 mod engine;
 mod mma;
 mod portable;
+mod rows;
 mod sinks;
 mod tensor_core;
 mod visibility;

@@ -7,7 +7,7 @@ use super::{
     items::{Item, bounds_of_row, row_at},
     ptx,
 };
-use crate::portable::{INVALID_ROW, Strides};
+use crate::{portable::Strides, rows::INVALID_ROW};
 
 /// The rows of an item that a thread asks for ahead of their use: one of its own, whose query it gathers, the first and the
 /// last.

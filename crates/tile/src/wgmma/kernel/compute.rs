@@ -11,7 +11,8 @@ use super::{
     tickets::{self, Tickets, dealt, leave},
 };
 use crate::{
-    portable::{INVALID_ROW, Strides},
+    portable::Strides,
+    rows::INVALID_ROW,
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{finish, redo_odd},
