@@ -148,6 +148,11 @@ impl Plan {
         Ok(plan)
     }
 
+    /// How many reaches the planned routes choose from.
+    pub fn reaches(&self) -> usize {
+        self.geometry.reaches
+    }
+
     /// The rows on one reach, for an attention operator.
     ///
     /// # Errors
