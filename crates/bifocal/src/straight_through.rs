@@ -7,7 +7,7 @@
 
 use bifocal_core::{
     Problem, Result,
-    device::{AttentionOperator, Inputs, Partial, Routes, Rows, Tensor, TensorView},
+    device::{AttentionOperator, Inputs, Partial, RouteGeometry, Routes, Rows, Tensor, TensorView},
 };
 use bifocal_dispatch::{add_to_scores, dot_rows, select};
 use cubecl::client::Client;
@@ -54,7 +54,7 @@ pub fn gate_gradient(
     far: TensorView<'_, 4>,
     d_out: TensorView<'_, 4>,
 ) -> Result<Tensor<4>> {
-    let scores = Tensor::zeros(client, [problem.batch, router_heads, 1, problem.query_len])?;
+    let scores = no_gradient(client, problem, router_heads, 1)?;
     for (branch, factor) in [(Some(far), 1.0), (near, -1.0)] {
         let Some(branch) = branch else { continue };
         let products = dot_rows(client, problem, branch, d_out)?;
@@ -75,11 +75,17 @@ pub fn choice_gradient(
     branches: &[TensorView<'_, 4>],
     d_out: TensorView<'_, 4>,
 ) -> Result<Tensor<4>> {
-    let shape = [problem.batch, router_heads, branches.len(), problem.query_len];
-    let scores = Tensor::zeros(client, shape)?;
+    let scores = no_gradient(client, problem, router_heads, branches.len())?;
     for (choice, branch) in branches.iter().enumerate() {
         let products = dot_rows(client, problem, *branch, d_out)?;
         add_to_scores(client, problem, products.view(), 1.0, choice, &scores)?;
     }
     Ok(scores)
+}
+
+/// Zeros for the scores of a router.
+fn no_gradient(client: &Client, problem: &Problem, router_heads: usize, choices: usize) -> Result<Tensor<4>> {
+    let Problem { batch, query_len, .. } = *problem;
+    RouteGeometry::new(batch, router_heads, query_len, choices)?.check(problem)?;
+    Tensor::zeros(client, [batch, router_heads, choices, query_len])
 }
