@@ -7,7 +7,7 @@
 //! One file per topic, along the data's way: [`linear`] and [`SigmoidGate`] or [`softmax_choice`] turn hidden
 //! states into routes, [`lists`] turns routes into a dispatch plan, [`attention`] computes what each reach
 //! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
-//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together.
+//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together. [`attention_backward`] is the way back.
 //!
 //! ```
 //! use bifocal_core::{Reach, Window};
@@ -31,6 +31,7 @@
 
 mod array;
 mod attention;
+mod backward;
 mod combine;
 mod layers;
 mod norm;
@@ -44,10 +45,11 @@ mod samples;
 
 pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
+pub use backward::{Gradients, attention_backward, attention_backward_where};
 pub use combine::{mask, merge, mix, select};
 pub use layers::{AhaLayer, L2aLayer, LayerOutput, MultiWindowLayer, Projections, QkNorm};
 pub use norm::rms_norm;
 pub use plan::{INVALID_ROW, Plan, lists};
-pub use ragged::ragged_attention_where;
+pub use ragged::{ragged_attention_backward_where, ragged_attention_where};
 pub use rope::rope;
 pub use router::{INVALID_ROUTE, SigmoidGate, linear, linear_choice, softmax_choice};
