@@ -51,12 +51,12 @@ pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
 pub use backward::{Gradients, attention_backward, attention_backward_where};
 pub use combine::{mask, merge, mix, select};
-pub use layers::{AhaLayer, L2aLayer, LayerOutput, MultiWindowLayer, Projections, QkNorm};
-pub use norm::rms_norm;
+pub use layers::{AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm};
+pub use norm::{rms_norm, rms_norm_backward};
 pub use penalty::{cost_penalty, mean_penalty, penalty_ramp, squared_penalty};
 pub use plan::{INVALID_ROW, Plan, lists};
 pub use ragged::{ragged_attention_backward_where, ragged_attention_where};
-pub use rope::rope;
+pub use rope::{rope, rope_backward};
 pub use router::{
     INVALID_ROUTE, LinearGradients, SigmoidGate, linear, linear_backward, linear_choice,
     linear_choice_backward, softmax_choice, softmax_choice_backward,

@@ -16,7 +16,7 @@ pub enum Training {
     Sparse,
 }
 
-/// The gradient `[B, R, T]` of a gate's scores, by the straight-through estimator (arXiv 1308.3432, section 3), in which
+/// The gradient `[B, R, T]` of a gate's scores, by the straight-through estimator (arXiv 1308.3432), in which
 /// the gate is `g + r - stop_gradient(r)`: with the output `g far + (1 - g) near` of [`select`](crate::select),
 /// `dL/dr = <d_out, far - near>`, summed over the query heads of each router head (AHA, arXiv 2512.22562).
 ///
@@ -47,7 +47,8 @@ pub fn gate_backward<F: Float>(
 
 /// The gradient `[B, R, K, T]` of the scores of K choices, by the straight-through estimator, in which choice k counts
 /// `onehot_k + p_k - stop_gradient(p_k)`: `dL/dp_k = <d_out, a_k>`, summed over the query heads of each router head.
-/// Every branch is known for every row (AHA's multi-choice generalisation).
+/// Every branch is known for every row (AHA's multi-choice generalisation). Where full attention is computed on its own
+/// rows alone, what was selected may stand for it.
 ///
 /// # Panics
 /// When shapes do not fit.
