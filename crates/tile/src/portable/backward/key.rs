@@ -220,10 +220,10 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         first: first as i32,
         last: last as i32,
         indices,
-        key: tile_of::<E, R>(key, key_offsets, numbers.head_dim, blueprint.head_dim, blueprint),
-        value: tile_of::<E, R>(value, value_offsets, numbers.value_dim, blueprint.value_dim, blueprint),
-        key_sums: sums_at::<R>(key_sums, blueprint.head_dim, blueprint),
-        value_sums: sums_at::<R>(value_sums, blueprint.value_dim, blueprint),
+        key: tile_of::<E, R>(key, key_offsets, numbers.head_dim, blueprint.head_room, blueprint),
+        value: tile_of::<E, R>(value, value_offsets, numbers.value_dim, blueprint.value_room, blueprint),
+        key_sums: sums_at::<R>(key_sums, numbers.head_dim, blueprint.head_room, blueprint),
+        value_sums: sums_at::<R>(value_sums, numbers.value_dim, blueprint.value_room, blueprint),
         written,
     };
     let mut at = entries.begin;

@@ -30,8 +30,9 @@ use crate::{engine::Work, rows::Sight};
 pub(super) struct Blueprint {
     pub(super) sight: Sight,
     pub(super) softcap: bool,
-    pub(super) head_dim: usize,
-    pub(super) value_dim: usize,
+    /// Dims of queries and of values that private arrays have room for: all where tiles are staged, otherwise one.
+    pub(super) head_room: usize,
+    pub(super) value_room: usize,
     /// Rows or keys per unit, one per lane of a vector.
     pub(super) lanes: usize,
     /// A tile and its gradients are kept in private memory, and blocks that need no mask run without one; right where
@@ -44,13 +45,14 @@ pub(super) struct Blueprint {
 
 impl Blueprint {
     fn new(problem: &Problem, profile: &DeviceProfile, work: &Work<'_>) -> Self {
+        let staged = profile.cpu_cores.is_some();
         Self {
             sight: work.sight(),
             softcap: problem.softcap.is_some(),
-            head_dim: problem.head_dim,
-            value_dim: problem.value_dim,
+            head_room: if staged { problem.head_dim } else { 1 },
+            value_room: if staged { problem.value_dim } else { 1 },
             lanes: lanes(profile) as usize,
-            staged: profile.cpu_cores.is_some(),
+            staged,
             block: 8,
         }
     }

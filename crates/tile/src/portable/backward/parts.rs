@@ -23,10 +23,10 @@ pub(super) fn tile_of<E: Float, R: Size>(
     tensor: &[E],
     offsets: Array<usize>,
     dims: u32,
-    #[comptime] size: usize,
+    #[comptime] room: usize,
     #[comptime] blueprint: Blueprint,
 ) -> Tile<R> {
-    let mut tile = sums_at::<R>(offsets, size, blueprint);
+    let mut tile = Tile::<R> { offsets, staged: Array::new(room) };
     if comptime![blueprint.staged] {
         for d in 0..dims as usize {
             tile.staged[d] = gather::<E, R>(&tile.offsets, tensor, d, blueprint.lanes);
@@ -35,14 +35,21 @@ pub(super) fn tile_of<E: Float, R: Size>(
     tile
 }
 
-/// Sums for the gradients that begin at `offsets`; arrays begin as zeros.
+/// Sums for the gradients that begin at `offsets`.
 #[cube]
 pub(super) fn sums_at<R: Size>(
     offsets: Array<usize>,
-    #[comptime] size: usize,
+    dims: u32,
+    #[comptime] room: usize,
     #[comptime] blueprint: Blueprint,
 ) -> Tile<R> {
-    Tile::<R> { offsets, staged: Array::new(comptime![if blueprint.staged { size } else { 1 }]) }
+    let mut sums = Tile::<R> { offsets, staged: Array::new(room) };
+    if comptime![blueprint.staged] {
+        for d in 0..dims as usize {
+            sums.staged[d] = Vector::new(0.0f32);
+        }
+    }
+    sums
 }
 
 /// The products of every vector of the tile with those of a block, which begin at `offsets`.

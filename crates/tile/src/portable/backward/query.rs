@@ -133,9 +133,9 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
         deltas.insert(lane, delta[row as usize]);
     }
     let mut mine = Rows::<R> {
-        query: tile_of::<E, R>(query, query_offsets, numbers.head_dim, blueprint.head_dim, blueprint),
-        d_out: tile_of::<O, R>(d_out, d_out_offsets, numbers.value_dim, blueprint.value_dim, blueprint),
-        sums: sums_at::<R>(gradient_offsets, blueprint.head_dim, blueprint),
+        query: tile_of::<E, R>(query, query_offsets, numbers.head_dim, blueprint.head_room, blueprint),
+        d_out: tile_of::<O, R>(d_out, d_out_offsets, numbers.value_dim, blueprint.value_room, blueprint),
+        sums: sums_at::<R>(gradient_offsets, numbers.head_dim, blueprint.head_room, blueprint),
         written,
         lse: lses,
         delta: deltas,
