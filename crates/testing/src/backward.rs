@@ -13,7 +13,7 @@ use crate::{
     compare::{near, run},
     everywhere,
     gradients::{ExpectedGradients, ReadGradients, differentiate, draw_d_out},
-    inputs::{Data, HostRoutes, OnDevice, array, upload_token_major},
+    inputs::{Data, HostRoutes, OnDevice, upload_token_major},
     refute,
 };
 

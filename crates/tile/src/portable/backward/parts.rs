@@ -129,17 +129,21 @@ pub(super) fn accumulate<E: Float, R: Size>(
 ) {
     if comptime![blueprint.staged] {
         if all_seen {
-            sum::<E, R>(sums, gradient, written, weights, of_block, offsets, seen, dims, false, blueprint);
+            add_block::<E, R>(
+                sums, gradient, written, weights, of_block, offsets, seen, dims, false, blueprint,
+            );
         } else {
-            sum::<E, R>(sums, gradient, written, weights, of_block, offsets, seen, dims, true, blueprint);
+            add_block::<E, R>(
+                sums, gradient, written, weights, of_block, offsets, seen, dims, true, blueprint,
+            );
         }
     } else {
-        sum::<E, R>(sums, gradient, written, weights, of_block, offsets, seen, dims, true, blueprint);
+        add_block::<E, R>(sums, gradient, written, weights, of_block, offsets, seen, dims, true, blueprint);
     }
 }
 
 #[cube]
-fn sum<E: Float, R: Size>(
+fn add_block<E: Float, R: Size>(
     sums: &mut Tile<R>,
     gradient: &mut [f32],
     written: &Array<bool>,
@@ -171,7 +175,7 @@ fn sum<E: Float, R: Size>(
         if comptime![blueprint.staged] {
             sums.staged[d] = acc;
         } else {
-            add::<R>(acc, gradient, &sums.offsets, written, d, blueprint);
+            add_lanes::<R>(acc, gradient, &sums.offsets, written, d, blueprint);
         }
     }
 }
@@ -187,14 +191,14 @@ pub(super) fn flush<R: Size>(
 ) {
     if comptime![blueprint.staged] {
         for d in 0..dims as usize {
-            add::<R>(sums.staged[d], gradient, &sums.offsets, written, d, blueprint);
+            add_lanes::<R>(sums.staged[d], gradient, &sums.offsets, written, d, blueprint);
         }
     }
 }
 
 /// Adds dimension `d` to the gradients of the lanes that have one.
 #[cube]
-fn add<R: Size>(
+fn add_lanes<R: Size>(
     acc: Vector<f32, R>,
     gradient: &mut [f32],
     offsets: &Array<usize>,
