@@ -22,7 +22,7 @@ use self::{
 };
 pub(crate) use self::{
     blueprint::lanes,
-    numbers::{Strides, StridesLaunch, strides},
+    numbers::{Strides, strides},
 };
 use crate::engine::Work;
 
