@@ -106,7 +106,7 @@ pub(super) fn weigh<R: Size>(
         let cap = Vector::<f32, R>::new(numbers.softcap);
         let squashed = (score / cap).tanh();
         score = cap * squashed;
-        slope = slope * (Vector::new(1.0f32) - squashed * squashed);
+        slope *= Vector::new(1.0f32) - squashed * squashed;
     }
     let weight = (score - lse).exp();
     Pair::<R> { weight, slope: weight * (value_product - delta) * slope }
