@@ -1,8 +1,8 @@
 //! What backward passes of attention operators satisfy.
 
 use bifocal::{
-    Aha, AttentionOperator, Element, Far, Full, INVALID_ROUTE, Inputs, Partial, Plan, Reach, Routes, Rows,
-    Tensor, Windowed, attend_planned, backward_selected,
+    Aha, AttentionOperator, Element, Far, INVALID_ROUTE, Inputs, Partial, Plan, Reach, Routes, Rows, Tensor,
+    Windowed, attend_planned, backward_selected,
 };
 use proptest::{option, prelude::*};
 
@@ -68,8 +68,8 @@ fn products_of_rows_are_plain_sums(device: &Device, effort: Effort) -> Result<()
         let (client, problem) = (&device.client, case.problem());
         let shape = problem.out_shape();
         let [_, heads, tokens, dim] = shape;
-        let of = |f32: bool| if f32 { Element::F32 } else { case.element };
-        let data = Data::new(&Case { query_len: case.query_len, head_dim: case.value_dim, ..case.clone() });
+        let of = |wide: bool| if wide { Element::F32 } else { case.element };
+        let data = Data::new(&Case { head_dim: case.value_dim, ..case.clone() });
         let (a, mut b) = (data.query, draw_d_out(&Case { out_f32: b_f32, ..case.clone() }));
         let on_a = run(match a_swapped {
             true => upload_token_major(client, of(a_f32), &a, shape),
@@ -252,32 +252,21 @@ fn selected_gradients_equal_the_oracle(device: &Device, effort: Effort) -> Resul
     let strategy = (backward_cases(&device.profile), windows(), routings(), invalid);
     refute(effort, strategy, |(case, window, routing, invalid)| {
         let client = &device.client;
-        let mut data = Data::new(&case);
+        let data = Data::new(&case);
         let on = run(data.upload(client))?;
         let mut routes = HostRoutes::new(&case, &routing, 2);
-        let on_device = match invalid {
-            None => run(routes.upload(client))?,
-            Some(at) => {
-                // As a router that met a NaN would leave it: only the device sees such routes. A row without a valid
-                // route is one that goes far with a query of NaN.
-                let at = at.index(routes.routes.len());
-                routes.routes[at] = INVALID_ROUTE;
-                let on_device = run(routes.upload_unchecked(client))?;
-                for row in 0..case.batch * case.heads() * case.query_len {
-                    let (head, token) = (row / case.query_len, row % case.query_len);
-                    let (b, h) = (head / case.heads(), head % case.heads());
-                    if routes.at(case.heads(), b, h, token) == INVALID_ROUTE {
-                        data.query[row * case.head_dim..][..case.head_dim].fill(f32::NAN);
-                    }
-                }
-                on_device
-            }
-        };
+        if let Some(at) = invalid {
+            // As a router that met a NaN would leave it: only the device sees such routes.
+            let at = at.index(routes.routes.len());
+            routes.routes[at] = INVALID_ROUTE;
+        }
+        let on_device = run(routes.upload_unchecked(client))?;
         let d_out = draw_d_out(&case);
         let read = aha_gradients(device, &case, &on, &on_device, &Aha::new(window), &d_out)?;
-        let far = |b, h, t| routes.at(case.heads(), b, h, t) > 0;
-        ExpectedGradients::new(&case, &data, &d_out, |b, h, t| near_or_far(far(b, h, t), window))
-            .accepts(&read)
+        let route = |b, h, t| routes.at(case.heads(), b, h, t);
+        let reach_of = |b, h, t| near_or_far(route(b, h, t) > 0, window);
+        let is_invalid = |b, h, t| route(b, h, t) == INVALID_ROUTE;
+        ExpectedGradients::with_invalid_rows(&case, &data, &d_out, reach_of, is_invalid).accepts(&read)
     })
 }
 

@@ -72,17 +72,31 @@ impl ExpectedGradients {
         d_out: &[f32],
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Self {
+        Self::with_invalid_rows(case, data, d_out, reach_of, |_, _, _| false)
+    }
+
+    /// [`new`](Self::new) where the forward pass made NaN of some rows, for want of a valid route.
+    pub(crate) fn with_invalid_rows(
+        case: &Case,
+        data: &Data,
+        d_out: &[f32],
+        reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
+        is_invalid: impl Fn(usize, usize, usize) -> bool,
+    ) -> Self {
         let exact = {
-            let partial: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
+            let mut partial: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
+            spoil(&mut partial, &is_invalid);
             parts(data.oracle_backward(|weight| weight, &partial, d_out, &reach_of))
         };
         let plain = {
             let mut partial: reference::Partial<f32> = data.oracle(case.round_weight(), &reach_of);
             partial.out = partial.out.map(|x| round(case.out_element(), x));
+            spoil(&mut partial, &is_invalid);
             parts(data.oracle_backward(case.round_weight(), &partial, d_out, &reach_of))
         };
         let largest = |values: &[f32]| values.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
-        let [q, k, v, d] = [&data.query, &data.key, &data.value, d_out].map(largest);
+        let [q, k, v, d] =
+            [data.query.as_slice(), data.key.as_slice(), data.value.as_slice(), d_out].map(largest);
         let problem = case.problem();
         let score = 1.0 + f64::from(case.magnitude) * (case.head_dim as f64).sqrt();
         // The relative error of a weight, and the absolute one of `<do, v> - delta`; errors of many rows partly cancel.
@@ -116,6 +130,21 @@ impl ExpectedGradients {
             near(&format!("gradient of the {name}"), &self.exact[of], &read.0[of], self.tolerances[of])?;
         }
         Ok(())
+    }
+}
+
+/// Makes NaN of rows.
+fn spoil<F: num_traits::Float>(
+    partial: &mut reference::Partial<F>,
+    is_invalid: impl Fn(usize, usize, usize) -> bool,
+) {
+    let [batch, heads, tokens] = partial.lse.shape();
+    for row in 0..batch * heads * tokens {
+        let (b, h, t) = (row / tokens / heads, row / tokens % heads, row % tokens);
+        if is_invalid(b, h, t) {
+            partial.lse[[b, h, t]] = F::nan();
+            partial.out.row_mut([b, h, t]).fill(F::nan());
+        }
     }
 }
 

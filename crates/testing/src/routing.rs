@@ -2,7 +2,7 @@
 
 use bifocal::{
     Element, Error, FixedRouter, INVALID_ROUTE, INVALID_ROW, LinearChoice, LinearGate, Partial, RandomRouter,
-    RouteGeometry, Router, Routes, Tensor, Threshold,
+    RouteGeometry, Router, Tensor, Threshold,
 };
 use bifocal_reference::{self as reference, Array};
 use proptest::{prelude::*, sample::select};
