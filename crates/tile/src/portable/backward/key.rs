@@ -66,42 +66,49 @@ fn fold<E: Float, O: Float, R: Size>(
     let mut lses = Array::<f32>::new(block);
     let mut deltas = Array::<f32>::new(block);
     let mut seen = Array::<Vector<i32, R>>::new(block);
+    // Entries beyond the last, and rows without keys, stand before every key.
+    let nowhere = comptime![-1i32].runtime();
     let mut lowest_first = 0i32;
-    let mut lowest_position = 0i32;
+    let mut lowest_position = nowhere;
     let mut highest_first = 0i32;
-    let mut highest_position = 0i32;
+    let mut highest_position = nowhere;
     #[unroll]
     for x in 0..block {
         let entry = first + comptime![x as u32];
-        let marked = row_of(list, min(entry, end - 1u32), rows, blueprint.sight);
-        let bounds = bounds_of_row(list, marked, sequences, blueprint.sight);
-        let row = marked % INVALID_ROW;
-        let token = row / numbers.group;
-        let head = keys.kv_head * numbers.group + row % numbers.group;
-        query_offsets[x] = offset(query_strides, keys.batch, head, token);
-        d_out_offsets[x] = offset(d_out_strides, keys.batch, head, token);
-        let at =
-            ((keys.batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token) as usize;
-        lses[x] = select(marked >= INVALID_ROW, numbers.nan, lse[at]);
-        deltas[x] = delta[at];
-        // Entries beyond the last, and rows without keys, stand where they see nothing.
-        let sees_none = entry >= end || lses[x] == numbers.neg_inf;
-        let position = select(sees_none, bounds.first - 1i32, bounds.position);
-        let mask = sees::<R>(
-            Vector::new(bounds.first),
-            Vector::new(position),
-            keys.indices,
-            numbers,
-            blueprint.sight,
-        );
+        let mut query_offset = 0usize;
+        let mut d_out_offset = 0usize;
+        let mut of_row = 0.0f32;
+        let mut of_delta = 0.0f32;
+        let mut first_key = 0i32;
+        let mut position = nowhere;
+        if entry < end {
+            let marked = row_of(list, entry, rows, blueprint.sight);
+            let bounds = bounds_of_row(list, marked, sequences, blueprint.sight);
+            let row = marked % INVALID_ROW;
+            let token = row / numbers.group;
+            let head = keys.kv_head * numbers.group + row % numbers.group;
+            let at = (keys.batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
+            query_offset = offset(query_strides, keys.batch, head, token);
+            d_out_offset = offset(d_out_strides, keys.batch, head, token);
+            of_row = select(marked >= INVALID_ROW, numbers.nan, lse[at as usize]);
+            of_delta = delta[at as usize];
+            first_key = bounds.first;
+            position = select(of_row == numbers.neg_inf, nowhere, bounds.position);
+        }
+        query_offsets[x] = query_offset;
+        d_out_offsets[x] = d_out_offset;
+        lses[x] = of_row;
+        deltas[x] = of_delta;
+        let mask =
+            sees::<R>(Vector::new(first_key), Vector::new(position), keys.indices, numbers, blueprint.sight);
         seen[x] = as_numbers::<R>(mask);
         if comptime![x == 0] {
-            lowest_first = bounds.first;
+            lowest_first = first_key;
             lowest_position = position;
         } else {
             lowest_position = min(lowest_position, position);
         }
-        highest_first = bounds.first;
+        highest_first = first_key;
         highest_position = position;
     }
     let mut weights = products::<E, E, R>(&keys.key, key, query, &query_offsets, numbers.head_dim, blueprint);
