@@ -2,4 +2,5 @@
 
 mod common;
 mod functions;
+mod gradients;
 mod modules;
