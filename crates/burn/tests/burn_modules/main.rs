@@ -3,4 +3,5 @@
 mod common;
 mod functions;
 mod gradients;
+mod learning;
 mod modules;
