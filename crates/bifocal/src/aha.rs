@@ -1,6 +1,6 @@
 use bifocal_core::{
     Problem, Result, Window,
-    device::{Inputs, Partial, Routes},
+    device::{AttentionOperator, Inputs, Partial, Routes},
 };
 use bifocal_full::Full;
 use bifocal_windowed::Windowed;
@@ -24,6 +24,11 @@ impl Aha {
     /// AHA with another near branch: a window with sink tokens, say.
     pub const fn with_near(near: Windowed) -> Self {
         Self { near }
+    }
+
+    /// The branches by reach: near, then far.
+    pub fn branches(&self) -> [&dyn AttentionOperator; 2] {
+        [&self.near, &Full]
     }
 
     /// Attends by routes `[B, R, T]` of two reaches (0 near, 1 far), into a new partial of the inputs' type.
@@ -54,6 +59,6 @@ impl Aha {
         routes: &Routes,
         partial: &Partial,
     ) -> Result<()> {
-        attend_selected(client, problem, inputs, routes, &[&self.near, &Full], partial)
+        attend_selected(client, problem, inputs, routes, &self.branches(), partial)
     }
 }

@@ -50,4 +50,26 @@ impl L2a {
         Full.attend(client, problem, inputs, plan.far_rows()?, &partial)?;
         Ok(partial)
     }
+
+    /// [`global`](Self::global) with every row computed: the sub-layer's partial, and full attention before its gate, whose
+    /// outputs [`gate_gradient`](crate::gate_gradient) asks for. Tokens that are routed near learn from it what they miss
+    /// (the paper's leak).
+    ///
+    /// # Errors
+    /// As [`global`](Self::global).
+    pub fn global_dense(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        routes: &Routes,
+    ) -> Result<(Partial, Partial)> {
+        let far = routes.geometry().reaches - 1;
+        let every = Partial::empty(client, problem, problem.element);
+        Full.attend(client, problem, inputs, Rows::All, &every)?;
+        let partial = Partial::empty(client, problem, problem.element);
+        bifocal_dispatch::mask(client, problem, routes, far, &partial)?;
+        bifocal_dispatch::select(client, problem, routes, far, &every, &partial)?;
+        Ok((partial, every))
+    }
 }

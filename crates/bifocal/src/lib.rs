@@ -34,21 +34,23 @@ mod cache;
 mod l2a;
 mod multi_window;
 mod select;
+mod straight_through;
 
 pub use aha::Aha;
 pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use multi_window::MultiWindow;
-pub use select::{attend_selected, plan};
+pub use select::{attend_planned, attend_selected, backward_selected, plan};
+pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
 
 pub use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
-        AttentionOperator, Decision, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows, Router,
-        Routes, Rows, Sequences, Tensor, TensorView, open, synchronise,
+        AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
+        Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
     },
 };
-pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, mask, merge, mix, select};
+pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, mix, select};
 pub use bifocal_full::{Far, Full, NonCausal};
 pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Threshold};
 pub use bifocal_windowed::Windowed;

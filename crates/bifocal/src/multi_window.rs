@@ -33,6 +33,12 @@ impl MultiWindow {
         self.branches.len() + 1
     }
 
+    /// The branches by reach: the windows, then full attention.
+    pub fn branches(&self) -> Vec<&dyn AttentionOperator> {
+        let windows = self.branches.iter().map(|window| window as &dyn AttentionOperator);
+        windows.chain([&Full as _]).collect()
+    }
+
     /// Attends by routes `[B, R, T]` of [`reaches`](Self::reaches) reaches, into a new partial of the inputs' type.
     ///
     /// # Errors
@@ -61,8 +67,6 @@ impl MultiWindow {
         routes: &Routes,
         partial: &Partial,
     ) -> Result<()> {
-        let windows = self.branches.iter().map(|window| window as &dyn AttentionOperator);
-        let branches: Vec<&dyn AttentionOperator> = windows.chain([&Full as _]).collect();
-        attend_selected(client, problem, inputs, routes, &branches, partial)
+        attend_selected(client, problem, inputs, routes, &self.branches(), partial)
     }
 }

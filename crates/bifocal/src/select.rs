@@ -1,6 +1,6 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Result,
-    device::{AttentionOperator, Inputs, Partial, Routes},
+    device::{AttentionOperator, Gradients, Inputs, Partial, Routes, Saved},
 };
 use bifocal_dispatch::Plan;
 use cubecl::client::Client;
@@ -28,13 +28,57 @@ pub fn attend_selected(
     branches: &[&dyn AttentionOperator],
     partial: &Partial,
 ) -> Result<()> {
-    let reaches = routes.geometry().reaches;
-    if reaches != branches.len() {
-        return Err(Error::option("reaches of the routes", reaches, branches.len().to_string()));
-    }
     let plan = plan(client, problem, routes)?;
+    attend_planned(client, problem, inputs, &plan, branches, partial)
+}
+
+/// [`attend_selected`] by a plan that is there already, and may serve the backward pass later.
+///
+/// # Errors
+/// As [`attend_selected`].
+pub fn attend_planned(
+    client: &Client,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    plan: &Plan,
+    branches: &[&dyn AttentionOperator],
+    partial: &Partial,
+) -> Result<()> {
+    one_each(plan.reaches(), branches)?;
     for (reach, branch) in branches.iter().enumerate() {
         branch.attend(client, problem, inputs, plan.rows(reach)?, partial)?;
+    }
+    Ok(())
+}
+
+/// Adds the gradients of [`attend_planned`]'s inputs to `gradients`: those of every row through the one branch that
+/// computed it.
+///
+/// Routes are discrete, and have no gradient here; see [`gate_gradient`](crate::gate_gradient) and
+/// [`choice_gradient`](crate::choice_gradient). Rows without a valid route make NaN of the gradients that they reach.
+///
+/// # Errors
+/// [`Error::Option`] unless there is one branch per reach; otherwise as the branches' `backward`.
+pub fn backward_selected(
+    client: &Client,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    plan: &Plan,
+    branches: &[&dyn AttentionOperator],
+    saved: &Saved<'_>,
+    gradients: &Gradients,
+) -> Result<()> {
+    one_each(plan.reaches(), branches)?;
+    for (reach, branch) in branches.iter().enumerate() {
+        branch.backward(client, problem, inputs, plan.rows(reach)?, saved, gradients)?;
+    }
+    Ok(())
+}
+
+/// Checks that there is one branch per reach.
+pub(crate) fn one_each(reaches: usize, branches: &[&dyn AttentionOperator]) -> Result<()> {
+    if reaches != branches.len() {
+        return Err(Error::option("reaches of the routes", reaches, branches.len().to_string()));
     }
     Ok(())
 }

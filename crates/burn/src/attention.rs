@@ -1,12 +1,14 @@
 use bifocal::{
-    Aha, AttentionOperator, Error, Full, Inputs, L2a, MultiWindow, NonCausal, Partial, Problem, Result, Rows,
-    Window, Windowed, cubecl::client::Client,
+    Error, Gradients, Inputs, MultiWindow, Partial, Problem, Result, Saved, Window, Windowed, dot_rows,
 };
-use burn::tensor::{Bool, Tensor, ops::AttentionModuleOptions};
+use burn::tensor::{Bool, DType, Tensor, ops::AttentionModuleOptions};
 
 use crate::{
     AttentionOptions, Routing,
+    autodiff::Differentiable,
     place::{Origin, Place},
+    straight_through::StraightThrough,
+    system::{Branch, System},
 };
 
 /// Softmax attention over a sliding window: key `j` is visible to the query at position `i` iff
@@ -21,13 +23,16 @@ use crate::{
 /// query is a `[B, Tq, H, D]` tensor with its dimensions swapped, as projections leave it, so is the output: the output
 /// projection's `swap_dims` and `reshape` then copy nothing either.
 ///
+/// With autodiff, query, key, value and sink logits get gradients, accumulated in f32 and given in the inputs' types. The
+/// output and one number per row are kept for that, never the `Tq x Tk` scores. Two runs agree bit for bit.
+///
 /// # Errors
-/// [`Error::NoBackward`](bifocal::Error::NoBackward) for tensors with autodiff;
 /// [`Error::DeviceMismatch`](bifocal::Error::DeviceMismatch) when the tensors live on several devices;
 /// [`Error::Option`](bifocal::Error::Option) for devices without Bifocal kernels, element types other than
-/// f32, f16 and bf16, or several of them, and senseless options;
+/// f32, f16 and bf16, or several of them, several strategies of gradient checkpointing, and senseless options;
 /// [`Error::Shape`](bifocal::Error::Shape) and [`Error::HeadRatio`](bifocal::Error::HeadRatio) for shapes that do not
-/// fit each other; [`Error::Refused`](bifocal::Error::Refused) when the device cannot run the problem.
+/// fit each other; [`Error::Refused`](bifocal::Error::Refused) when the device cannot run the problem or, where a
+/// gradient is asked for, its backward pass.
 pub fn windowed_attention(
     query: Tensor<4>,
     key: Tensor<4>,
@@ -35,7 +40,7 @@ pub fn windowed_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense("windowed_attention", [query, key, value], &Windowed::new(window), options)
+    dense([query, key, value], Branch::Windowed(Windowed::new(window)), options)
 }
 
 /// Causal softmax attention over every key up to the query's own (arXiv 1706.03762, section 3.2.1).
@@ -50,7 +55,7 @@ pub fn full_attention(
     value: Tensor<4>,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense("full_attention", [query, key, value], &Full, options)
+    dense([query, key, value], Branch::Full, options)
 }
 
 /// A drop-in for [`burn::tensor::module::attention`]: the same arguments and the same numbers, computed by Bifocal.
@@ -82,9 +87,9 @@ pub fn attention(
     without("mask", mask.map(|mask| mask.dims()))?;
     without("attn_bias", attn_bias.map(|bias| bias.dims()))?;
     let AttentionModuleOptions { scale, softcap, is_causal } = options;
-    let options = AttentionOptions { scale: scale.map(|x| x as f32), softcap: softcap.map(|x| x as f32) };
-    let operator: &dyn AttentionOperator = if is_causal { &Full } else { &NonCausal };
-    dense("attention", [query, key, value], operator, &options)
+    let [scale, softcap] = [scale, softcap].map(|option| option.map(|x| x as f32));
+    let options = AttentionOptions { scale, softcap, ..AttentionOptions::default() };
+    dense([query, key, value], if is_causal { Branch::Full } else { Branch::NonCausal }, &options)
 }
 
 /// All-or-Here Attention (arXiv 2512.22562): each token-head's output is the window's where its route is
@@ -92,6 +97,9 @@ pub fn attention(
 ///
 /// `routing` has two reaches and shape `[B, R, Tq]` with R = 1, Hk or H: see [`linear_gate`](crate::linear_gate).
 /// Token-heads without a valid route (a NaN score) become NaN. Shapes and copies as in [`windowed_attention`].
+///
+/// With autodiff, [`Routing::scores`] gets a gradient too, by the straight-through estimator: see
+/// [`Training`](crate::Training). What each branch gives is kept for that.
 ///
 /// # Errors
 /// As [`windowed_attention`]; [`Error::Option`](bifocal::Error::Option) when `routing` has other than two reaches.
@@ -103,18 +111,15 @@ pub fn aha_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    routed("aha_attention", [query, key, value], routing, options, |client, problem, inputs| {
-        let partial = room(client, problem, inputs);
-        Aha::new(window).attend_into(client, problem, inputs, &routing.decision().routes, &partial)?;
-        Ok(partial)
-    })
+    let branches = [Branch::Windowed(Windowed::new(window)), Branch::Full];
+    routed([query, key, value], routing, branches.map(Some).to_vec(), options)
 }
 
 /// AHA with several windows: reach `k` is the `k`-th window, the last reach full attention (the question that
 /// arXiv 2512.22562 leaves open).
 ///
 /// `routing` has one reach per window and one more, see [`linear_choice`](crate::linear_choice); windows ascend.
-/// Shapes and copies as in [`windowed_attention`].
+/// Shapes and copies as in [`windowed_attention`], gradients as in [`aha_attention`].
 ///
 /// # Errors
 /// As [`aha_attention`]; [`Error::Option`](bifocal::Error::Option) when windows do not ascend or do not fit the
@@ -127,20 +132,17 @@ pub fn multi_window_attention(
     windows: &[Window],
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    let system = MultiWindow::new(windows)?;
-    let operation = "multi_window_attention";
-    routed(operation, [query, key, value], routing, options, |client, problem, inputs| {
-        let partial = room(client, problem, inputs);
-        system.attend_into(client, problem, inputs, &routing.decision().routes, &partial)?;
-        Ok(partial)
-    })
+    MultiWindow::new(windows)?;
+    let windows = windows.iter().map(|&window| Branch::Windowed(Windowed::new(window)));
+    routed([query, key, value], routing, windows.chain([Branch::Full]).map(Some).collect(), options)
 }
 
 /// L2A's global sub-layer (arXiv 2603.17484): full attention where the route is the last reach, zero
 /// elsewhere. Only routed rows are computed.
 ///
 /// Routing as in [`aha_attention`]; the paper's is one gate per token (R = 1). Shapes and copies as in
-/// [`windowed_attention`].
+/// [`windowed_attention`], gradients as in [`aha_attention`]; the paper trains with
+/// [`Training::Sparse`](crate::Training::Sparse) except for a few dense passes.
 ///
 /// # Errors
 /// As [`windowed_attention`].
@@ -151,65 +153,135 @@ pub fn global_attention(
     routing: &Routing,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    // The window belongs to the local sub-layer, which does not run here.
-    let system = L2a::new(Window::new(1)?);
-    routed("global_attention", [query, key, value], routing, options, |client, problem, inputs| {
-        system.global(client, problem, inputs, &routing.decision().routes)
-    })
+    let mut branches = vec![None; routing.reaches()];
+    if let Some(last) = branches.last_mut() {
+        *last = Some(Branch::Full);
+    }
+    routed([query, key, value], routing, branches, options)
 }
 
-fn dense(
-    operation: &'static str,
-    tensors: [Tensor<4>; 3],
-    operator: &dyn AttentionOperator,
-    options: &AttentionOptions,
-) -> Result<Tensor<4>> {
-    run(operation, tensors, None, options, |client, problem, inputs| {
-        let partial = room(client, problem, inputs);
-        operator.attend(client, problem, inputs, Rows::All, &partial)?;
-        Ok(partial)
-    })
+fn dense(tensors: [Tensor<4>; 3], branch: Branch, options: &AttentionOptions) -> Result<Tensor<4>> {
+    run(tensors, None, options, |_, _| Ok(System::dense(branch)))
 }
 
 fn routed(
-    operation: &'static str,
     tensors: [Tensor<4>; 3],
     routing: &Routing,
+    branches: Vec<Option<Branch>>,
     options: &AttentionOptions,
-    attend: impl FnOnce(&Client, &Problem, &Inputs<'_>) -> Result<Partial>,
 ) -> Result<Tensor<4>> {
-    run(operation, tensors, Some(routing), options, attend)
-}
-
-/// Room for the result, its heads and tokens in the order that the query has them in memory.
-fn room(client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Partial {
-    let mut partial = Partial::empty(client, problem, problem.element);
-    let [_, by_head, by_token, _] = inputs.query.strides();
-    if by_head < by_token && by_head != 0 {
-        let [_, heads, tokens, dim] = problem.out_shape();
-        let strides = [tokens * heads * dim, dim, heads * dim, 1];
-        let handle = partial.out.into_handle();
-        partial.out = bifocal::Tensor::new(handle, problem.element, problem.out_shape(), strides);
-    }
-    partial
+    run(tensors, Some(routing), options, |place, problem| {
+        System::routed(place.client(), problem, &routing.decision().routes, branches)
+    })
 }
 
 /// Checks the arguments, hands them to Bifocal, and its result to Burn.
 fn run(
-    operation: &'static str,
     [query, key, value]: [Tensor<4>; 3],
     routing: Option<&Routing>,
     options: &AttentionOptions,
-    attend: impl FnOnce(&Client, &Problem, &Inputs<'_>) -> Result<Partial>,
+    system: impl FnOnce(&Place, &Problem) -> Result<System>,
 ) -> Result<Tensor<4>> {
+    let sinks = options.sink_logits.clone().map(|sinks| sinks.cast(DType::F32));
+    // Scores that nothing learns from need no gradient.
+    let scores = routing.and_then(Routing::tracked_scores);
     let mut origins = vec![Origin::of("query", &query), Origin::of("key", &key), Origin::of("value", &value)];
+    origins.extend(sinks.iter().map(|sinks| Origin::of("the sink logits", sinks).of_any_dtype()));
     origins.extend(routing.map(|routing| Origin::on("routing", routing.device())));
-    let place = Place::of(operation, &origins)?;
-    let query = place.import("query", query)?;
-    let key = place.import("key", key)?;
-    let value = place.import("value", value)?;
-    let inputs = Inputs::new(query.view(), key.view(), value.view());
+    origins.extend(scores.iter().map(|scores| Origin::of("the scores", scores).of_any_dtype()));
+    let place = Place::of(&origins)?;
+
+    let imported = Imported::new(&place, [&query, &key, &value], sinks.as_ref())?;
+    let inputs = imported.inputs();
     let problem = options.apply(inputs.problem()?)?;
-    let partial = attend(place.client(), &problem, &inputs)?;
-    place.export(partial.out)
+    let system = system(&place, &problem)?;
+    let tracked = [&query, &key, &value].into_iter().any(|tensor| tensor.is_tracked());
+    if tracked || sinks.as_ref().is_some_and(|sinks| sinks.is_tracked()) {
+        system.check_backward(place.client(), &problem)?;
+    }
+    let (partial, outs) = match &scores {
+        Some(_) => system.attend_every(place.client(), &problem, &inputs, options.training)?,
+        None => (system.attend(place.client(), &problem, &inputs)?, Vec::new()),
+    };
+    let out = place.export(partial.out.clone())?;
+    let step = Attention { place: place.clone(), problem, system, partial };
+    let out = match sinks {
+        Some(sinks) => {
+            let sinks = sinks.reshape([1, 1, 1, problem.heads]);
+            place.record([query, key, value, sinks], out, step)?
+        }
+        None => place.record([query, key, value], out, step)?,
+    };
+    match scores {
+        Some(scores) => {
+            let unchanged = out.clone().inner();
+            let step = StraightThrough { place: place.clone(), problem, outs };
+            place.record([out, scores], unchanged, step)
+        }
+        None => Ok(out),
+    }
+}
+
+/// The inputs of attention in Bifocal's hands.
+struct Imported {
+    query: bifocal::Tensor<4>,
+    key: bifocal::Tensor<4>,
+    value: bifocal::Tensor<4>,
+    sinks: Option<bifocal::Tensor<1>>,
+}
+
+impl Imported {
+    fn new(place: &Place, [query, key, value]: [&Tensor<4>; 3], sinks: Option<&Tensor<1>>) -> Result<Self> {
+        Ok(Self {
+            query: place.import("query", query.clone())?,
+            key: place.import("key", key.clone())?,
+            value: place.import("value", value.clone())?,
+            sinks: sinks.map(|sinks| place.import("the sink logits", sinks.clone())).transpose()?,
+        })
+    }
+
+    fn inputs(&self) -> Inputs<'_> {
+        let inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
+        match &self.sinks {
+            Some(sinks) => inputs.with_sink_logits(sinks.view()),
+            None => inputs,
+        }
+    }
+}
+
+/// Softmax attention in the autodiff graph: out of query, key, value and, where there are any, sink logits
+/// `[1, 1, 1, H]`.
+#[derive(Clone, Debug)]
+struct Attention {
+    place: Place,
+    problem: Problem,
+    system: System,
+    partial: Partial,
+}
+
+impl Differentiable for Attention {
+    fn backward(self, inputs: Vec<Tensor<4>>, d_out: Tensor<4>) -> Result<Vec<Tensor<4>>> {
+        let Self { place, problem, system, partial } = self;
+        let client = place.client();
+        let [query, key, value] = [&inputs[0], &inputs[1], &inputs[2]];
+        let sinks = inputs.get(3).map(|sinks| sinks.clone().reshape([problem.heads]));
+        let dtype = query.dtype();
+        let imported = Imported::new(&place, [query, key, value], sinks.as_ref())?;
+        let d_out = place.import("the gradient of the output", d_out)?;
+
+        let delta = dot_rows(client, &problem, partial.out.view(), d_out.view())?;
+        let saved = Saved { partial: &partial, d_out: d_out.view(), delta: delta.view() };
+        let gradients = Gradients::zeros(client, &problem, sinks.is_some())?;
+        system.backward(client, &problem, &imported.inputs(), &saved, &gradients)?;
+
+        let Gradients { query, key, value, sink_logits } = gradients;
+        let mut gradients = Vec::with_capacity(inputs.len());
+        for gradient in [query, key, value] {
+            gradients.push(place.export_contiguous(gradient)?.cast(dtype));
+        }
+        if let Some(sinks) = sink_logits {
+            gradients.push(place.export_contiguous(sinks)?.reshape([1, 1, 1, problem.heads]));
+        }
+        Ok(gradients)
+    }
 }

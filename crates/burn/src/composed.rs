@@ -28,7 +28,7 @@ pub fn windowed_attention(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     let problem = problem(&query, &key, &value, options)?;
-    Ok(attend([query, key, value], &problem, Some(window)))
+    Ok(attend([query, key, value], &problem, options, Some(window)))
 }
 
 /// [`full_attention`](crate::full_attention) by Burn's operations.
@@ -42,7 +42,7 @@ pub fn full_attention(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     let problem = problem(&query, &key, &value, options)?;
-    Ok(attend([query, key, value], &problem, None))
+    Ok(attend([query, key, value], &problem, options, None))
 }
 
 /// [`aha_attention`](crate::aha_attention) by Burn's operations; `routes` is `[B, R, Tq]`, 0 near and 1 far, NaN
@@ -77,9 +77,9 @@ pub fn multi_window_attention(
     let problem = problem(&query, &key, &value, options)?;
     let routes = per_row(routes, windows.len() + 1, &problem, &query.device())?;
     let tensors = [query, key, value];
-    let mut out = attend(tensors.clone(), &problem, None);
+    let mut out = attend(tensors.clone(), &problem, options, None);
     for (reach, &window) in windows.iter().enumerate() {
-        let branch = attend(tensors.clone(), &problem, Some(window));
+        let branch = attend(tensors.clone(), &problem, options, Some(window));
         out = out.mask_where(routes.clone().equal_elem(reach as i64), branch);
     }
     Ok(spoil_invalid(out, routes, windows.len() + 1))
@@ -100,7 +100,7 @@ pub fn global_attention(
 ) -> Result<Tensor<4>> {
     let problem = problem(&query, &key, &value, options)?;
     let routes = per_row(routes, reaches, &problem, &query.device())?;
-    let out = attend([query, key, value], &problem, None);
+    let out = attend([query, key, value], &problem, options, None);
     let out = out.mask_fill(routes.clone().lower_elem(reaches as i64 - 1), 0.0);
     Ok(spoil_invalid(out, routes, reaches))
 }
@@ -180,18 +180,31 @@ fn problem(
     value: &Tensor<4>,
     options: &AttentionOptions,
 ) -> Result<Problem> {
-    check_together(&[Origin::of("query", query), Origin::of("key", key), Origin::of("value", value)])?;
+    let mut origins = vec![Origin::of("query", query), Origin::of("key", key), Origin::of("value", value)];
+    let sinks = options.sink_logits.as_ref();
+    origins.extend(sinks.map(|sinks| Origin::of("the sink logits", sinks).of_any_dtype()));
+    check_together(&origins)?;
     let [.., value_dim] = value.dims();
     let problem = Problem::new(query.dims(), key.dims(), Element::F32)?.with_value_dim(value_dim)?;
     let expected = [problem.batch, problem.kv_heads, problem.key_len, value_dim];
     if value.dims() != expected {
         return Err(Error::shape("value", format!("{expected:?}"), &value.dims()));
     }
+    if let Some(sinks) = sinks
+        && sinks.dims() != [problem.heads]
+    {
+        return Err(Error::shape("the sink logits", format!("[{}]", problem.heads), &sinks.dims()));
+    }
     options.apply(problem)
 }
 
 /// Masked softmax attention over all scores.
-fn attend([query, key, value]: [Tensor<4>; 3], problem: &Problem, window: Option<Window>) -> Tensor<4> {
+fn attend(
+    [query, key, value]: [Tensor<4>; 3],
+    problem: &Problem,
+    options: &AttentionOptions,
+    window: Option<Window>,
+) -> Tensor<4> {
     let dtype = query.dtype();
     let precise = |tensor: Tensor<4>| match dtype {
         DType::F64 => tensor,
@@ -208,7 +221,18 @@ fn attend([query, key, value]: [Tensor<4>; 3], problem: &Problem, window: Option
         scores = scores.div_scalar(cap).tanh().mul_scalar(cap);
     }
     let masked = hidden_keys(&scores, problem, blind, window);
-    let out = softmax(scores.mask_fill(masked, f32::NEG_INFINITY), 3).matmul(value).cast(dtype);
+    let scores = scores.mask_fill(masked, f32::NEG_INFINITY);
+    let weights = match &options.sink_logits {
+        None => softmax(scores, 3),
+        Some(sinks) => {
+            // One more key, whose value is zero.
+            let [batch, heads, rows, keys] = scores.dims();
+            let sinks = sinks.clone().cast(scores.dtype()).reshape([1, heads, 1, 1]);
+            let sinks = sinks.expand([batch, heads, rows, 1]);
+            softmax(Tensor::cat(vec![scores, sinks], 3), 3).narrow(3, 0, keys)
+        }
+    };
+    let out = weights.matmul(value).cast(dtype);
     if blind == 0 {
         return out;
     }

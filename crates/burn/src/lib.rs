@@ -13,9 +13,33 @@
 //! | `flex` | Bifocal's kernels on the CubeCL CPU runtime | inputs there, the output back |
 //! | any other | nothing: a typed error; [`composed`] has the semantics in Burn's operations | |
 //!
-//! Element types are f32, f16 and bf16, where the device has them. There is no backward pass yet: tensors with autodiff
-//! are a typed error ([`Error::NoBackward`]), so that no wrong gradient can arise. Take `Module::valid` of a module,
-//! `Tensor::inner` of a tensor.
+//! Element types are f32, f16 and bf16, where the device has them.
+//!
+//! # Training
+//! On a device with autodiff all of this has gradients: queries, keys, values, sink logits and, by the straight-through
+//! estimator, what routers read ([`Training`] says which branches are computed for that). Backward passes run on
+//! Bifocal's kernels too, keep what grows with the tokens and not with their square, and give the same bits in two runs.
+//! Whether a device can run one is asked in the forward pass, where an error can still be returned: Burn's `backward`
+//! returns none, so there only a failing runtime is left to panic about.
+//!
+//! Routers are kept from looking far everywhere by a penalty on their scores: [`mean_penalty`], [`squared_penalty`],
+//! [`cost_penalty`].
+//!
+//! ```
+//! use bifocal_burn::{AhaAttentionConfig, mean_penalty};
+//! use burn::tensor::{Device, Distribution, Tensor};
+//!
+//! let device = Device::flex().autodiff();
+//! let attention = AhaAttentionConfig::new(32, 4, 8).init(&device)?;
+//! let hidden = Tensor::<3>::random([1, 20, 32], Distribution::Default, &device);
+//! let forward = attention.forward(hidden)?;
+//! let loss = forward.output.powi_scalar(2).mean() + mean_penalty(&forward.routing)?.mul_scalar(3e-4);
+//! let gradients = loss.backward();
+//! assert!(attention.router.weight.val().grad(&gradients).is_some());
+//! # Ok::<(), bifocal_burn::Error>(())
+//! ```
+//!
+//! # Functions
 //!
 //! ```
 //! use bifocal_burn::{AttentionOptions, GateOptions, Window, aha_attention, linear_gate};
@@ -37,14 +61,18 @@
 //! ```
 
 mod attention;
+mod autodiff;
 pub mod composed;
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 mod cube;
 mod flex;
 mod modules;
 mod options;
+mod penalty;
 mod place;
 mod routing;
+mod straight_through;
+mod system;
 
 pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
@@ -53,7 +81,8 @@ pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, L2aAttention, L2aAttentionConfig,
     MultiWindowAttention, MultiWindowAttentionConfig, Projections, RopeConfig,
 };
-pub use options::{AttentionOptions, GateOptions};
+pub use options::{AttentionOptions, GateOptions, Training};
+pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
 pub use routing::{Routing, linear_choice, linear_gate};
 
 pub use bifocal::{Error, Result, Threshold, Window};

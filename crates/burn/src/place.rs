@@ -3,31 +3,32 @@ use std::sync::OnceLock;
 
 use bifocal::{Element, Error, Result, cubecl::client::Client};
 use burn::{
-    backend::DispatchDevice,
-    tensor::{DType, Device, Tensor, TensorData},
+    backend::{DispatchDevice, Flex},
+    tensor::{DType, Device, GradientCheckpointingStrategy, Tensor, TensorData},
 };
 
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 use crate::cube;
-use crate::flex;
+use crate::{
+    autodiff::{self, Differentiable},
+    flex,
+};
 
 /// What has to be known of an argument before anything is computed.
 pub(crate) struct Origin {
     name: &'static str,
     device: Device,
-    autodiff: bool,
     dtype: Option<DType>,
 }
 
 impl Origin {
     pub(crate) fn of<const RANK: usize>(name: &'static str, tensor: &Tensor<RANK>) -> Self {
-        let device = tensor.device();
-        Self { name, autodiff: device.is_autodiff(), device, dtype: Some(tensor.dtype()) }
+        Self { name, device: tensor.device(), dtype: Some(tensor.dtype()) }
     }
 
     /// Something whose element type is its own business.
     pub(crate) fn on(name: &'static str, device: &Device) -> Self {
-        Self { name, autodiff: device.is_autodiff(), device: device.clone(), dtype: None }
+        Self { name, device: device.clone(), dtype: None }
     }
 
     /// The element type does not have to be that of the others.
@@ -36,10 +37,12 @@ impl Origin {
     }
 }
 
-/// Checks that all arguments live on the device of the first and hold its element type.
-pub(crate) fn check_together(origins: &[Origin]) -> Result<()> {
-    let [first, rest @ ..] = origins else { return Ok(()) };
-    for origin in rest {
+/// Checks that all arguments live on the device of the first and hold its element type, and that those with autodiff,
+/// which need not be all, checkpoint alike. Gives how they do; `None` when none has autodiff.
+pub(crate) fn check_together(origins: &[Origin]) -> Result<Option<GradientCheckpointingStrategy>> {
+    let [first, ..] = origins else { return Ok(None) };
+    let mut agreed = None;
+    for origin in origins {
         if origin.device != first.device {
             return Err(Error::DeviceMismatch {
                 tensor: origin.name,
@@ -55,22 +58,27 @@ pub(crate) fn check_together(origins: &[Origin]) -> Result<()> {
             }
             _ => {}
         }
+        match (agreed, origin.device.gradient_checkpointing_strategy()) {
+            (Some(agreed), Some(found)) if agreed != found => {
+                let found = format!("{found:?} ({})", origin.name);
+                return Err(Error::option(
+                    "gradient checkpointing",
+                    found,
+                    format!("{agreed:?}, as before it"),
+                ));
+            }
+            (None, found) => agreed = found,
+            _ => {}
+        }
     }
-    Ok(())
+    Ok(agreed)
 }
 
-/// Refuses arguments that take part in autodiff.
-pub(crate) fn check_no_autodiff(operation: &'static str, origins: &[Origin]) -> Result<()> {
-    match origins.iter().any(|origin| origin.autodiff) {
-        true => Err(Error::NoBackward { operation }),
-        false => Ok(()),
-    }
-}
-
-/// Where a call computes: the arguments' Burn device and the CubeCL client that serves it.
+/// Where a call computes: the arguments' Burn device (without autodiff) and the CubeCL client that serves it.
 #[derive(Clone)]
 pub(crate) struct Place {
     device: Device,
+    checkpointing: Option<GradientCheckpointingStrategy>,
     client: Client,
     memory: Memory,
 }
@@ -85,11 +93,10 @@ enum Memory {
 
 impl Place {
     /// The place of a call with these arguments.
-    pub(crate) fn of(operation: &'static str, origins: &[Origin]) -> Result<Self> {
-        check_no_autodiff(operation, origins)?;
-        check_together(origins)?;
+    pub(crate) fn of(origins: &[Origin]) -> Result<Self> {
+        let checkpointing = check_together(origins)?;
         let device = match origins {
-            [first, ..] => first.device.clone(),
+            [first, ..] => first.device.clone().inner(),
             [] => return Err(Error::option("arguments", 0, "at least one tensor")),
         };
         // Which variants there are is up to the features of `burn`.
@@ -103,7 +110,7 @@ impl Place {
                 return Err(Error::option("device", format!("{other:?}"), expected));
             }
         };
-        Ok(Self { device, client, memory })
+        Ok(Self { device, checkpointing, client, memory })
     }
 
     pub(crate) fn client(&self) -> &Client {
@@ -114,7 +121,12 @@ impl Place {
         &self.device
     }
 
-    /// Hands a Burn tensor to Bifocal.
+    /// Whether an argument has autodiff.
+    pub(crate) fn has_autodiff(&self) -> bool {
+        self.checkpointing.is_some()
+    }
+
+    /// Hands a Burn tensor to Bifocal, without its autodiff.
     pub(crate) fn import<const RANK: usize>(
         &self,
         name: &'static str,
@@ -124,6 +136,7 @@ impl Place {
         if tensor.dims().contains(&0) {
             return Err(Error::shape(name, "every dimension at least 1", &tensor.dims()));
         }
+        let tensor = tensor.inner();
         match &self.memory {
             #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
             Memory::Cube(_) => cube::import(tensor, element),
@@ -143,7 +156,11 @@ impl Place {
         Ok(self.export_contiguous(swapped)?.swap_dims(1, 2))
     }
 
-    fn export_contiguous(&self, tensor: bifocal::Tensor<4>) -> Result<Tensor<4>> {
+    /// Hands a contiguous float tensor of Bifocal to Burn.
+    pub(crate) fn export_contiguous<const RANK: usize>(
+        &self,
+        tensor: bifocal::Tensor<RANK>,
+    ) -> Result<Tensor<RANK>> {
         let dtype = dtype(tensor.element());
         match &self.memory {
             #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
@@ -154,6 +171,23 @@ impl Place {
                 Ok(Tensor::from_data(data, (&self.device, dtype)))
             }
         }
+    }
+
+    /// Makes `output` what `operation` made of `inputs`, for autodiff; where no argument has it, that is `output` as it
+    /// is.
+    pub(crate) fn record<const N: usize>(
+        &self,
+        inputs: [Tensor<4>; N],
+        output: Tensor<4>,
+        operation: impl Differentiable,
+    ) -> Result<Tensor<4>> {
+        let Some(checkpointing) = self.checkpointing else { return Ok(output) };
+        let output = match &self.memory {
+            #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
+            Memory::Cube(_) => autodiff::record::<burn::backend::Cube, _, N>(inputs, output, operation)?,
+            Memory::Flex => autodiff::record::<Flex, _, N>(inputs, output, operation)?,
+        };
+        Ok(output.with_gradient_checkpointing_strategy(checkpointing))
     }
 }
 

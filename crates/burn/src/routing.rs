@@ -6,6 +6,7 @@ use burn::tensor::{DType, Device, Int, Tensor, TensorData};
 
 use crate::{
     GateOptions,
+    autodiff::Differentiable,
     place::{Origin, Place},
 };
 
@@ -16,6 +17,8 @@ use crate::{
 #[derive(Clone, Debug)]
 pub struct Routing {
     decision: Decision,
+    /// The scores as autodiff knows them, where it does.
+    scores: Option<Tensor<4>>,
     place: Place,
 }
 
@@ -30,7 +33,7 @@ impl Routing {
         let [batch, heads, tokens] = routes.dims();
         let geometry = RouteGeometry::new(batch, heads, tokens, reaches)?;
         // Routes are integers, which no gradient goes through: autodiff on their device means nothing.
-        let place = Place::of("Routing::from_routes", &[Origin::on("routes", &routes.device().inner())])?;
+        let place = Place::of(&[Origin::on("routes", &routes.device().inner())])?;
         let data = routes.try_into_data().map_err(|error| Error::Runtime(format!("{error:?}")))?;
         // What no byte holds is out of range too.
         let routes: Vec<u8> = data.iter::<i64>().map(|k| u8::try_from(k).unwrap_or(u8::MAX)).collect();
@@ -42,7 +45,7 @@ impl Routing {
         }
         let counts: Vec<u8> = counts.into_iter().flat_map(u32::to_ne_bytes).collect();
         let counts = client.create_from_slice(&counts);
-        Ok(Self { decision: Decision { scores: None, routes: decided, counts }, place })
+        Ok(Self { decision: Decision { scores: None, routes: decided, counts }, scores: None, place })
     }
 
     /// `[B, R, T]`: sequences, router heads, tokens.
@@ -59,10 +62,16 @@ impl Routing {
     /// The router's real numbers, `[B, R, K, T]` in f32: K = 1 for a gate (its sigmoid), one per reach for a choice
     /// (its softmax). `None` for routes from elsewhere.
     ///
+    /// With autodiff, their gradient goes to the router's hidden states, weight and bias. Attention adds its own to it,
+    /// and so does any loss on the scores, such as the [penalties](crate::mean_penalty).
+    ///
     /// # Errors
     /// [`Error::Runtime`] when they have to be read (Flex) and the runtime failed.
     pub fn scores(&self) -> Result<Option<Tensor<4>>> {
-        self.decision.scores.clone().map(|scores| self.place.export(scores)).transpose()
+        match &self.scores {
+            Some(scores) => Ok(Some(scores.clone())),
+            None => self.decision.scores.clone().map(|scores| self.place.export(scores)).transpose(),
+        }
     }
 
     /// Reads the routes back: `[B, R, T]`, row-major; [`INVALID_ROUTE`](bifocal::INVALID_ROUTE) where the score was
@@ -93,9 +102,14 @@ impl Routing {
         self.decision.far_share(self.place.client())
     }
 
-    /// The device that holds the routes.
+    /// The device that holds the routes, without autodiff.
     pub fn device(&self) -> &Device {
         self.place.device()
+    }
+
+    /// The scores, where a parameter learns from them.
+    pub(crate) fn tracked_scores(&self) -> Option<Tensor<4>> {
+        self.scores.clone().filter(|scores| scores.is_tracked())
     }
 
     pub(crate) fn decision(&self) -> &Decision {
@@ -109,10 +123,13 @@ impl Routing {
 /// Hidden states `[B, T, M]`, weight `[M, R]` (the layout of Burn's `Linear`), bias `[R]`; R is 1, Hk or H of the
 /// attention that the routing is for.
 ///
+/// With autodiff, hidden states, weight and bias get the gradients of [`Routing::scores`], computed in f32.
+///
 /// # Errors
-/// [`Error::NoBackward`] for tensors with autodiff; [`Error::DeviceMismatch`]; [`Error::Shape`];
-/// [`Error::Option`] for devices without Bifocal kernels, element types other than f32, f16 and bf16, and
-/// thresholds or temperatures that make no sense; [`Error::Refused`] when the device cannot count routes.
+/// [`Error::DeviceMismatch`]; [`Error::Shape`];
+/// [`Error::Option`] for devices without Bifocal kernels, element types other than f32, f16 and bf16, several strategies
+/// of gradient checkpointing, and thresholds or temperatures that make no sense; [`Error::Refused`] when the device
+/// cannot count routes.
 pub fn linear_gate(
     hidden: Tensor<3>,
     weight: Tensor<2>,
@@ -120,7 +137,7 @@ pub fn linear_gate(
     options: GateOptions,
 ) -> Result<Routing> {
     let parameters = Parameters { hidden, weight, bias };
-    parameters.route("linear_gate", |client, hidden, weight, bias| {
+    parameters.route(options.temperature, |client, hidden, weight, bias| {
         let gate = LinearGate::aha(weight)
             .with_threshold(options.threshold)?
             .with_temperature(options.temperature)?;
@@ -135,7 +152,7 @@ pub fn linear_gate(
 /// A linear choice among `reaches`: `p = softmax(x W + b)` per router head, the route is the largest, the nearest of
 /// equals. Column `r * reaches + k` scores reach `k` for router head `r`.
 ///
-/// Hidden states `[B, T, M]`, weight `[M, R * reaches]`, bias `[R * reaches]`.
+/// Hidden states `[B, T, M]`, weight `[M, R * reaches]`, bias `[R * reaches]`. Gradients as in [`linear_gate`].
 ///
 /// # Errors
 /// As [`linear_gate`]; [`Error::Option`] for fewer than 2 or more than 32 reaches.
@@ -146,7 +163,7 @@ pub fn linear_choice(
     reaches: usize,
 ) -> Result<Routing> {
     let parameters = Parameters { hidden, weight, bias };
-    parameters.route("linear_choice", |client, hidden, weight, bias| {
+    parameters.route(1.0, |client, hidden, weight, bias| {
         let choice = LinearChoice::new(weight, reaches)?;
         let choice = match bias {
             Some(bias) => choice.with_bias(bias),
@@ -164,9 +181,10 @@ struct Parameters {
 }
 
 impl Parameters {
+    /// Logits are divided by the temperature.
     fn route(
         self,
-        operation: &'static str,
+        temperature: f32,
         route: impl FnOnce(
             &Client,
             TensorView<'_, 3>,
@@ -175,18 +193,72 @@ impl Parameters {
         ) -> Result<Decision>,
     ) -> Result<Routing> {
         let Self { hidden, weight, bias } = self;
+        // Biases are few, and the kernel reads them in f32.
+        let bias = bias.map(|bias| bias.cast(DType::F32));
         let mut origins = vec![
             Origin::of("the hidden states", &hidden),
             Origin::of("the router's weight", &weight).of_any_dtype(),
         ];
         let bias_origin = |bias| Origin::of("the router's bias", bias).of_any_dtype();
         origins.extend(bias.as_ref().map(bias_origin));
-        let place = Place::of(operation, &origins)?;
-        let hidden = place.import("the hidden states", hidden)?;
-        let weight = place.import("the router's weight", weight)?;
-        // Biases are few, and the kernel reads them in f32.
-        let bias = bias.map(|bias| place.import("the router's bias", bias.cast(DType::F32)));
-        let decision = route(place.client(), hidden.view(), weight, bias.transpose()?)?;
-        Ok(Routing { decision, place })
+        let place = Place::of(&origins)?;
+        let hidden_there = place.import("the hidden states", hidden.clone())?;
+        let weight_there = place.import("the router's weight", weight.clone())?;
+        let bias_there = bias.clone().map(|bias| place.import("the router's bias", bias)).transpose()?;
+        let decision = route(place.client(), hidden_there.view(), weight_there, bias_there)?;
+
+        let scores = decision.scores.clone().filter(|_| place.has_autodiff());
+        let scores = scores.map(|scores| -> Result<Tensor<4>> {
+            let scores = place.export(scores)?;
+            let step = LinearRouter { scores: scores.clone(), temperature };
+            let (hidden, weight) = (hidden.unsqueeze::<4>(), weight.unsqueeze::<4>());
+            match bias {
+                Some(bias) => place.record([hidden, weight, bias.unsqueeze::<4>()], scores, step),
+                None => place.record([hidden, weight], scores, step),
+            }
+        });
+        Ok(Routing { decision, scores: scores.transpose()?, place })
+    }
+}
+
+/// A linear router in the autodiff graph: scores out of hidden states `[1, B, T, M]`, a weight `[1, 1, M, C]` and, where
+/// there is one, a bias `[1, 1, 1, C]`, with C = R K columns.
+#[derive(Clone, Debug)]
+struct LinearRouter {
+    /// `[B, R, K, T]`: a sigmoid where K = 1, otherwise a softmax over K.
+    scores: Tensor<4>,
+    temperature: f32,
+}
+
+impl Differentiable for LinearRouter {
+    fn backward(self, inputs: Vec<Tensor<4>>, d_scores: Tensor<4>) -> Result<Vec<Tensor<4>>> {
+        let Self { scores, temperature } = self;
+        let [batch, router_heads, choices, tokens] = scores.dims();
+        let d_logits = match choices {
+            1 => d_scores * scores.clone() * scores.neg().add_scalar(1.0),
+            _ => {
+                let mean = (d_scores.clone() * scores.clone()).sum_dim(2);
+                (d_scores - mean) * scores
+            }
+        };
+        let d_logits = d_logits.div_scalar(temperature);
+        let (rows, columns) = (batch * tokens, router_heads * choices);
+        let d_logits = d_logits.permute([0, 3, 1, 2]).reshape([rows, columns]);
+
+        let [hidden, weight] = [&inputs[0], &inputs[1]];
+        let ([.., model_dim], hidden_type, weight_type) = (hidden.dims(), hidden.dtype(), weight.dtype());
+        let flat = |tensor: &Tensor<4>, rows: usize, columns: usize| {
+            tensor.clone().reshape([rows, columns]).cast(DType::F32)
+        };
+        let d_hidden = d_logits.clone().matmul(flat(weight, model_dim, columns).transpose());
+        let d_weight = flat(hidden, rows, model_dim).transpose().matmul(d_logits.clone());
+        let mut gradients = vec![
+            d_hidden.cast(hidden_type).reshape([1, batch, tokens, model_dim]),
+            d_weight.cast(weight_type).unsqueeze(),
+        ];
+        if inputs.len() == 3 {
+            gradients.push(d_logits.sum_dim(0).unsqueeze());
+        }
+        Ok(gradients)
     }
 }

@@ -166,12 +166,6 @@ pub enum Error {
         /// What each routine says.
         refusals: Refusals,
     },
-    /// Gradients were asked for where there are none yet.
-    #[error("{operation} has no backward pass yet: call it on tensors without autodiff (`Tensor::inner`)")]
-    NoBackward {
-        /// Which operation.
-        operation: &'static str,
-    },
     /// The runtime failed to compile, launch or read.
     #[error("the runtime failed: {0}")]
     Runtime(String),

@@ -158,6 +158,11 @@ impl Plan {
         Ok(plan)
     }
 
+    /// How many reaches the planned routes choose from.
+    pub fn reaches(&self) -> usize {
+        self.geometry.reaches
+    }
+
     /// The rows on one reach, for an attention operator.
     ///
     /// # Errors
@@ -168,6 +173,7 @@ impl Plan {
         }
         Ok(Rows::Routed(RoutedRows {
             rows: &self.rows,
+            list_counts: &self.list_counts,
             items: &self.items,
             item_counts: &self.item_counts,
             counters: &self.counters,

@@ -2,7 +2,7 @@
 
 use bifocal_core::{
     DeviceProfile, Problem, Reach, Refusal, Result, Routine, Window,
-    device::{AttentionOperator, Inputs, Partial, Rows},
+    device::{AttentionOperator, Gradients, Inputs, Partial, Rows, Saved},
 };
 use cubecl::client::Client;
 
@@ -72,6 +72,28 @@ macro_rules! operator {
                 partial: &Partial,
             ) -> Result<Routine> {
                 bifocal_tile::attend(self.name(), client, problem, inputs, self.reach(), rows, partial)
+            }
+
+            fn supports_backward(
+                &self,
+                routine: Routine,
+                problem: &Problem,
+                profile: &DeviceProfile,
+            ) -> Result<(), Refusal> {
+                bifocal_tile::supports_backward(routine, problem, profile)
+            }
+
+            fn backward(
+                &self,
+                client: &Client,
+                problem: &Problem,
+                inputs: &Inputs<'_>,
+                rows: Rows<'_>,
+                saved: &Saved<'_>,
+                gradients: &Gradients,
+            ) -> Result<Routine> {
+                let (name, reach) = (self.name(), self.reach());
+                bifocal_tile::backward(name, client, problem, inputs, reach, rows, saved, gradients)
             }
         }
     };

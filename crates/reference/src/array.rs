@@ -135,6 +135,13 @@ pub(crate) fn dot<F: Float>(a: &[F], b: &[F]) -> F {
     sum(a.iter().zip(b).map(|(&a, &b)| a * b))
 }
 
+/// Adds `factor` times a row to another.
+pub(crate) fn add_scaled<F: Float>(to: &mut [F], factor: F, row: &[F]) {
+    for (to, &value) in to.iter_mut().zip(row) {
+        *to = *to + factor * value;
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

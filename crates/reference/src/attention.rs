@@ -3,7 +3,7 @@ use num_traits::Float;
 
 use crate::{
     Array,
-    array::{dot, indices, number, sum},
+    array::{add_scaled, dot, indices, number, sum},
 };
 
 /// What is done to the scores besides masking.
@@ -19,7 +19,9 @@ pub struct Options<F> {
     /// give it to one of them.
     pub sink_logits: Option<Vec<F>>,
     /// What happens to a weight `exp(score - max)` before it meets its value: nothing, unless a plain computation in
-    /// lower precision is asked for, where the product with values takes weights rounded to the inputs' type.
+    /// lower precision is asked for, where the product with values takes weights rounded to the inputs' type. The
+    /// backward pass does the same with weights before they meet a row of `d_out`, and with the gradients of scores
+    /// before they meet queries and keys.
     pub round_weight: fn(F) -> F,
 }
 
@@ -32,6 +34,12 @@ impl<F: Float> Options<F> {
             sink_logits: None,
             round_weight: |weight| weight,
         }
+    }
+
+    /// The score of a query and a key, after scale and softcap.
+    pub(crate) fn score(&self, query: &[F], key: &[F]) -> F {
+        let scaled = self.scale * dot(query, key);
+        self.softcap.map_or(scaled, |cap| cap * (scaled / cap).tanh())
     }
 }
 
@@ -88,33 +96,23 @@ pub fn attention_where<F: Float>(
     options: &Options<F>,
     reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
 ) -> Partial<F> {
-    let [batch, heads, query_len, head_dim] = q.shape();
-    let [_, kv_heads, key_len, value_dim] = v.shape();
-    assert_eq!(k.shape(), [batch, kv_heads, key_len, head_dim], "key does not fit query and value");
-    assert_eq!(v.shape()[0], batch, "value has another batch than query");
-    assert!(heads.is_multiple_of(kv_heads), "{heads} query heads cannot share {kv_heads} kv heads");
-    if let Some(sinks) = &options.sink_logits {
-        assert_eq!(sinks.len(), heads, "one sink logit per query head");
-    }
-    let group = heads / kv_heads;
+    let group = check(q, k, v, options);
+    let [batch, heads, query_len, _] = q.shape();
+    let [_, _, key_len, value_dim] = v.shape();
 
     let mut partial = Partial::empty([batch, heads, query_len, value_dim]);
     for [b, h, t] in indices([batch, heads, query_len]) {
         let Some(reach) = reach_of(b, h, t) else { continue };
         let kv_head = h / group;
-        let position = t as i64 + key_len as i64 - query_len as i64;
-        let seen: Vec<usize> = (0..key_len).filter(|&j| reach.sees(position, j as i64)).collect();
+        let seen: Vec<usize> = seen(reach, t, query_len, key_len).collect();
         // exp(-inf) = 0: no sink.
         let sink = options.sink_logits.as_ref().map_or(F::neg_infinity(), |sinks| sinks[h]);
         if seen.is_empty() && sink == F::neg_infinity() {
             continue;
         }
 
-        let score = |j: usize| {
-            let scaled = options.scale * dot(q.row([b, h, t]), k.row([b, kv_head, j]));
-            options.softcap.map_or(scaled, |cap| cap * (scaled / cap).tanh())
-        };
-        let scores: Vec<F> = seen.iter().map(|&j| score(j)).collect();
+        let score = |&j: &usize| options.score(q.row([b, h, t]), k.row([b, kv_head, j]));
+        let scores: Vec<F> = seen.iter().map(score).collect();
         // `max` passes over NaN; the exponentials below do not.
         let max = scores.iter().copied().fold(sink, F::max);
         let weights: Vec<F> = scores.iter().map(|&score| (score - max).exp()).collect();
@@ -123,13 +121,35 @@ pub fn attention_where<F: Float>(
         let out = partial.out.row_mut([b, h, t]);
         for (&j, &weight) in seen.iter().zip(&weights) {
             let share = (options.round_weight)(weight) / total;
-            for (out, &value) in out.iter_mut().zip(v.row([b, kv_head, j])) {
-                *out = *out + share * value;
-            }
+            add_scaled(out, share, v.row([b, kv_head, j]));
         }
         partial.lse[[b, h, t]] = max + total.ln();
     }
     partial
+}
+
+/// Query heads per kv head, once all shapes fit each other.
+pub(crate) fn check<F: Float>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    v: &Array<F, 4>,
+    options: &Options<F>,
+) -> usize {
+    let [batch, heads, _, head_dim] = q.shape();
+    let [_, kv_heads, key_len, _] = v.shape();
+    assert_eq!(k.shape(), [batch, kv_heads, key_len, head_dim], "key does not fit query and value");
+    assert_eq!(v.shape()[0], batch, "value has another batch than query");
+    assert!(heads.is_multiple_of(kv_heads), "{heads} query heads cannot share {kv_heads} kv heads");
+    if let Some(sinks) = &options.sink_logits {
+        assert_eq!(sinks.len(), heads, "one sink logit per query head");
+    }
+    heads / kv_heads
+}
+
+/// The keys that query `t` of `query_len` sees, ascending; the last query is aligned with the last key.
+pub(crate) fn seen(reach: Reach, t: usize, query_len: usize, key_len: usize) -> impl Iterator<Item = usize> {
+    let position = t as i64 + key_len as i64 - query_len as i64;
+    (0..key_len).filter(move |&j| reach.sees(position, j as i64))
 }
 
 #[cfg(test)]

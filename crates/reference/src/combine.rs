@@ -117,7 +117,7 @@ fn pick<'a, F: Float + 'a>(
     picked
 }
 
-fn check_routes(routes: [usize; 3], [batch, heads, tokens, _]: [usize; 4]) {
+pub(crate) fn check_routes(routes: [usize; 3], [batch, heads, tokens, _]: [usize; 4]) {
     let fits = routes[0] == batch && routes[2] == tokens && heads.is_multiple_of(routes[1]);
     assert!(fits, "routes have shape {routes:?}, expected [{batch}, R, {tokens}] with R dividing {heads}");
 }

@@ -6,6 +6,10 @@ use crate::{
     select, softmax_choice,
 };
 
+mod backward;
+
+pub use backward::LayerGradients;
+
 /// The projections around one attention, heads side by side: column `h * D + d` is channel `d` of head `h`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Projections<F> {
@@ -164,14 +168,18 @@ impl<F: Float> MultiWindowLayer<F> {
     /// # Panics
     /// When shapes do not fit, or windows do not grow.
     pub fn forward(&self, hidden: &Array<F, 3>) -> LayerOutput<F, 4> {
-        assert!(self.windows.is_sorted_by(|a, b| a < b), "windows go from the smallest to the largest");
-        let mut reaches: Vec<Reach> = self.windows.iter().map(|&window| Reach::Window(window)).collect();
-        reaches.push(Reach::All);
+        let reaches = self.reaches();
         let logits = linear_choice(hidden, &self.router_weight, self.router_bias.as_deref(), reaches.len());
         let (scores, routes) = softmax_choice(&logits);
         let branches = self.projections.attend(hidden, &reaches);
         let selected = select(&routes, &branches.iter().collect::<Vec<_>>());
         LayerOutput { output: self.projections.output(&selected.out), scores, routes }
+    }
+
+    /// The reaches to choose from.
+    fn reaches(&self) -> Vec<Reach> {
+        assert!(self.windows.is_sorted_by(|a, b| a < b), "windows go from the smallest to the largest");
+        self.windows.iter().map(|&window| Reach::Window(window)).chain([Reach::All]).collect()
     }
 }
 
@@ -215,8 +223,8 @@ impl<F: Float> L2aLayer<F> {
     }
 }
 
-fn add<F: Float>(a: &Array<F, 3>, b: &Array<F, 3>) -> Array<F, 3> {
-    assert_eq!(a.shape(), b.shape(), "a residual needs equal shapes");
+fn add<F: Float, const N: usize>(a: &Array<F, N>, b: &Array<F, N>) -> Array<F, N> {
+    assert_eq!(a.shape(), b.shape(), "a sum needs equal shapes");
     Array::from_fn(a.shape(), |index| a[index] + b[index])
 }
 
@@ -228,20 +236,20 @@ mod tests {
     use super::*;
     use crate::{INVALID_ROUTE, array::indices, samples::noise};
 
-    const TOKENS: usize = 7;
-    const HIDDEN: usize = 6;
+    pub(super) const TOKENS: usize = 7;
+    pub(super) const HIDDEN: usize = 6;
     const HEADS: usize = 4;
 
-    fn hidden() -> Array<f64, 3> {
+    pub(super) fn hidden() -> Array<f64, 3> {
         noise([2, TOKENS, HIDDEN], 100)
     }
 
-    fn window() -> Window {
+    pub(super) fn window() -> Window {
         Window::aha(2).unwrap()
     }
 
     /// Four query heads, two kv heads, D = 4, Dv = 3.
-    fn projections(seed: u64) -> Projections<f64> {
+    pub(super) fn projections(seed: u64) -> Projections<f64> {
         Projections {
             heads: HEADS,
             kv_heads: 2,
@@ -254,7 +262,7 @@ mod tests {
         }
     }
 
-    fn aha(router_heads: usize, bias: Option<f64>) -> AhaLayer<f64> {
+    pub(super) fn aha(router_heads: usize, bias: Option<f64>) -> AhaLayer<f64> {
         AhaLayer {
             projections: projections(1),
             router_weight: noise([HIDDEN, router_heads], 5),
@@ -263,7 +271,7 @@ mod tests {
         }
     }
 
-    fn l2a() -> L2aLayer<f64> {
+    pub(super) fn l2a() -> L2aLayer<f64> {
         L2aLayer {
             local_norm: vec![1.0; HIDDEN],
             local: projections(1),

@@ -7,7 +7,9 @@
 //! One file per topic, along the data's way: [`linear`] and [`SigmoidGate`] or [`softmax_choice`] turn hidden
 //! states into routes, [`lists`] turns routes into a dispatch plan, [`attention`] computes what each reach
 //! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
-//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together.
+//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together. The way back: [`attention_backward`] for queries, keys
+//! and values, [`gate_backward`] or [`choice_backward`] and then [`linear_backward`] for routers, and the penalties on
+//! scores with their gradients.
 //!
 //! ```
 //! use bifocal_core::{Reach, Window};
@@ -31,23 +33,32 @@
 
 mod array;
 mod attention;
+mod backward;
 mod combine;
 mod layers;
 mod norm;
+mod penalty;
 mod plan;
 mod ragged;
 mod rope;
 mod router;
+mod straight_through;
 
 #[cfg(test)]
 mod samples;
 
 pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
+pub use backward::{Gradients, attention_backward, attention_backward_where};
 pub use combine::{mask, merge, mix, select};
-pub use layers::{AhaLayer, L2aLayer, LayerOutput, MultiWindowLayer, Projections, QkNorm};
-pub use norm::rms_norm;
+pub use layers::{AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm};
+pub use norm::{rms_norm, rms_norm_backward};
+pub use penalty::{cost_penalty, mean_penalty, penalty_ramp, squared_penalty};
 pub use plan::{INVALID_ROW, Plan, lists};
-pub use ragged::ragged_attention_where;
-pub use rope::rope;
-pub use router::{INVALID_ROUTE, SigmoidGate, linear, linear_choice, softmax_choice};
+pub use ragged::{ragged_attention_backward_where, ragged_attention_where};
+pub use rope::{rope, rope_backward};
+pub use router::{
+    INVALID_ROUTE, LinearGradients, SigmoidGate, linear, linear_backward, linear_choice,
+    linear_choice_backward, softmax_choice, softmax_choice_backward,
+};
+pub use straight_through::{Training, choice_backward, gate_backward};

@@ -3,7 +3,11 @@ use core::ops::Range;
 use bifocal_core::Reach;
 use num_traits::Float;
 
-use crate::{Array, Options, Partial, array::indices, attention_where};
+use crate::{
+    Array, Gradients, Options, Partial,
+    array::{add_scaled, indices},
+    attention_backward_where, attention_where,
+};
 
 /// Sequences of different lengths, packed one after the other into a batch of 1: each is cut out, run on its own and
 /// put back (FlashAttention's varlen interface).
@@ -21,24 +25,81 @@ pub fn ragged_attention_where<F: Float>(
     options: &Options<F>,
     reach_of: impl Fn(usize, usize) -> Option<Reach>,
 ) -> Partial<F> {
-    let [batch, heads, query_len, _] = q.shape();
-    let [_, _, key_len, value_dim] = v.shape();
-    assert_eq!(batch, 1, "packed sequences are a batch of 1");
-    assert_eq!(queries.last(), Some(&query_len), "query lengths end with the query tokens");
-    assert_eq!(keys.last(), Some(&key_len), "key lengths end with the key tokens");
-
+    let [_, heads, query_len, _] = q.shape();
+    let value_dim = v.shape()[3];
     let mut packed = Partial::empty([1, heads, query_len, value_dim]);
-    for (query, key) in queries.windows(2).zip(keys.windows(2)) {
-        let (query, key) = (query[0]..query[1], key[0]..key[1]);
+    for (query, key) in sequences(q, k, (queries, keys)) {
         let start = query.start;
         let (q, k, v) = (tokens(q, query), tokens(k, key.clone()), tokens(v, key));
         let alone = attention_where(&q, &k, &v, options, |_, h, t| reach_of(h, start + t));
+        put(&mut packed.out, &alone.out, start);
         for [b, h, t] in indices(alone.lse.shape()) {
-            packed.out.row_mut([b, h, start + t]).copy_from_slice(alone.out.row([b, h, t]));
             packed.lse[[b, h, start + t]] = alone.lse[[b, h, t]];
         }
     }
     packed
+}
+
+/// The backward pass of [`ragged_attention_where`]: as
+/// [`attention_backward_where`](crate::attention_backward_where), each sequence on its own.
+///
+/// # Panics
+/// As [`ragged_attention_where`].
+pub fn ragged_attention_backward_where<F: Float>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    v: &Array<F, 4>,
+    (queries, keys): (&[usize], &[usize]),
+    options: &Options<F>,
+    partial: &Partial<F>,
+    d_out: &Array<F, 4>,
+    reach_of: impl Fn(usize, usize) -> Option<Reach>,
+) -> Gradients<F> {
+    let [_, heads, query_len, _] = q.shape();
+    let mut packed = Gradients::zeros(q, k, v);
+    let lse = partial.lse.clone().reshape([1, heads, query_len, 1]);
+    for (query, key) in sequences(q, k, (queries, keys)) {
+        let alone = Partial {
+            out: tokens(&partial.out, query.clone()),
+            lse: tokens(&lse, query.clone()).reshape([1, heads, query.len()]),
+        };
+        let alone = attention_backward_where(
+            &tokens(q, query.clone()),
+            &tokens(k, key.clone()),
+            &tokens(v, key.clone()),
+            options,
+            &alone,
+            &tokens(d_out, query.clone()),
+            |_, h, t| reach_of(h, query.start + t),
+        );
+        put(&mut packed.query, &alone.query, query.start);
+        put(&mut packed.key, &alone.key, key.start);
+        put(&mut packed.value, &alone.value, key.start);
+        add_scaled(&mut packed.sink_logits, F::one(), &alone.sink_logits);
+    }
+    packed
+}
+
+/// The query tokens and the key tokens of each sequence.
+fn sequences<'a, F>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    (queries, keys): (&'a [usize], &'a [usize]),
+) -> impl Iterator<Item = (Range<usize>, Range<usize>)> + use<'a, F> {
+    let ([batch, _, query_len, _], [_, _, key_len, _]) = (q.shape(), k.shape());
+    assert_eq!(batch, 1, "packed sequences are a batch of 1");
+    assert_eq!(queries.last(), Some(&query_len), "query lengths end with the query tokens");
+    assert_eq!(keys.last(), Some(&key_len), "key lengths end with the key tokens");
+    let ranges = |lengths: &'a [usize]| lengths.windows(2).map(|pair| pair[0]..pair[1]);
+    ranges(queries).zip(ranges(keys))
+}
+
+/// Writes the tokens of one sequence to where it starts.
+fn put<F: Float>(packed: &mut Array<F, 4>, alone: &Array<F, 4>, start: usize) {
+    let [batch, heads, len, _] = alone.shape();
+    for [b, h, t] in indices([batch, heads, len]) {
+        packed.row_mut([b, h, start + t]).copy_from_slice(alone.row([b, h, t]));
+    }
 }
 
 /// Some tokens of `[B, H, T, D]`.
@@ -50,7 +111,10 @@ pub(crate) fn tokens<F: Clone>(x: &Array<F, 4>, range: Range<usize>) -> Array<F,
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::samples::noise;
+    use crate::{
+        array::dot,
+        samples::{assert_gradient, noise},
+    };
 
     #[test]
     fn sequences_do_not_see_each_other() {
@@ -78,5 +142,32 @@ mod tests {
         let expected =
             attention_where(&q, &k, &v, &options, |_, h, t| (h + t != 1).then_some(Reach::NonCausal));
         assert_eq!(whole, expected);
+    }
+
+    #[test]
+    fn gradients_equal_differences() {
+        let noise = |heads, tokens, seed| noise([1, heads, tokens, 2], seed);
+        let (q, k, v, d_out) = (noise(4, 7, 0), noise(2, 6, 1), noise(2, 6, 2), noise(4, 7, 3));
+        let options = Options { sink_logits: Some(vec![0.1, 0.2, 0.3, -1.0]), ..Options::new(2) };
+        // Fewer queries than keys, queries without keys, keys without queries, more queries than keys.
+        let lengths: (&[usize], &[usize]) = (&[0, 2, 4, 4, 7], &[0, 3, 3, 4, 6]);
+        let reaches = [Some(Reach::All), Some(Reach::NonCausal), None];
+        let reach_of = |h: usize, t: usize| reaches[(h + t) % 3];
+        let forward = |q: &Array<f64, 4>, k: &Array<f64, 4>, v: &Array<f64, 4>, options: &Options<f64>| {
+            ragged_attention_where(q, k, v, lengths, options, reach_of)
+        };
+        let loss = |partial: Partial<f64>| dot(partial.out.as_slice(), d_out.as_slice());
+
+        let partial = forward(&q, &k, &v, &options);
+        let found =
+            ragged_attention_backward_where(&q, &k, &v, lengths, &options, &partial, &d_out, reach_of);
+        assert_gradient(&q, &found.query, |q| loss(forward(q, &k, &v, &options)));
+        assert_gradient(&k, &found.key, |k| loss(forward(&q, k, &v, &options)));
+        assert_gradient(&v, &found.value, |v| loss(forward(&q, &k, v, &options)));
+        let sinks = Array::new([4], options.sink_logits.clone().unwrap());
+        assert_gradient(&sinks, &Array::new([4], found.sink_logits), |sinks| {
+            let sink_logits = Some(sinks.as_slice().to_vec());
+            loss(forward(&q, &k, &v, &Options { sink_logits, ..options.clone() }))
+        });
     }
 }

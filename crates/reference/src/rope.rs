@@ -11,12 +11,25 @@ use crate::{Array, array::number};
 /// # Panics
 /// When D is odd.
 pub fn rope<F: Float>(x: &Array<F, 4>, theta: F, offset: usize) -> Array<F, 4> {
+    turn(x, theta, offset, F::one())
+}
+
+/// The backward pass of [`rope`]: gradients are turned back.
+///
+/// # Panics
+/// When D is odd.
+pub fn rope_backward<F: Float>(d_y: &Array<F, 4>, theta: F, offset: usize) -> Array<F, 4> {
+    turn(d_y, theta, offset, -F::one())
+}
+
+/// Turns each pair by its angle times `direction`.
+fn turn<F: Float>(x: &Array<F, 4>, theta: F, offset: usize, direction: F) -> Array<F, 4> {
     let dim = x.shape()[3];
     assert!(dim.is_multiple_of(2), "rotary positions turn pairs: head dim {dim} is odd");
     Array::from_fn(x.shape(), |[b, h, t, d]| {
         let even = d - d % 2;
         let frequency = theta.powf(number::<F>(-(even as f64) / dim as f64));
-        let (sin, cos) = (number::<F>((t + offset) as f64) * frequency).sin_cos();
+        let (sin, cos) = (direction * number::<F>((t + offset) as f64) * frequency).sin_cos();
         let (first, second) = (x[[b, h, t, even]], x[[b, h, t, even + 1]]);
         if d == even { first * cos - second * sin } else { first * sin + second * cos }
     })
@@ -27,7 +40,11 @@ mod tests {
     use approx::assert_abs_diff_eq;
 
     use super::*;
-    use crate::{array::dot, ragged::tokens, samples::noise};
+    use crate::{
+        array::dot,
+        ragged::tokens,
+        samples::{assert_gradient, noise},
+    };
 
     #[test]
     fn quarter_turns_by_hand() {
@@ -51,5 +68,13 @@ mod tests {
         let (q, k) = (noise([1, 1, 1, 6], 0), noise([1, 1, 1, 6], 1));
         let score = |i, j| dot(rope(&q, 1e4, i).as_slice(), rope(&k, 1e4, j).as_slice());
         assert_abs_diff_eq!(score(3, 1), score(13, 11), epsilon = 1e-12);
+    }
+
+    #[test]
+    fn gradients_equal_differences() {
+        let (x, d_y) = (noise([1, 2, 3, 6], 0), noise([1, 2, 3, 6], 1));
+        assert_gradient(&x, &rope_backward(&d_y, 1e2, 4), |x| {
+            dot(rope(x, 1e2, 4).as_slice(), d_y.as_slice())
+        });
     }
 }

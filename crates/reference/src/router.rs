@@ -41,6 +41,56 @@ pub fn linear_choice<F: Float>(
     logits.reshape([batch, columns / choices, choices, tokens])
 }
 
+/// Gradients of a loss with respect to what [`linear`] reads.
+#[derive(Clone, Debug, PartialEq)]
+pub struct LinearGradients<F> {
+    /// `[B, T, M]`.
+    pub hidden: Array<F, 3>,
+    /// `[M, R]`.
+    pub weight: Array<F, 2>,
+    /// `[R]`, of a bias that may be there or not.
+    pub bias: Vec<F>,
+}
+
+/// The backward pass of [`linear`]: what `d_logits` `[B, R, T]` means for hidden states, weight and bias.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn linear_backward<F: Float>(
+    hidden: &Array<F, 3>,
+    weight: &Array<F, 2>,
+    d_logits: &Array<F, 3>,
+) -> LinearGradients<F> {
+    let [batch, tokens, hidden_dim] = hidden.shape();
+    let [rows, router_heads] = weight.shape();
+    assert_eq!(rows, hidden_dim, "weight has {rows} rows, hidden states have {hidden_dim} channels");
+    assert_eq!(d_logits.shape(), [batch, router_heads, tokens], "a logit has one gradient");
+    let over_tokens = |r: usize, factor: &dyn Fn(usize, usize) -> F| {
+        sum(indices([batch, tokens]).map(|[b, t]| d_logits[[b, r, t]] * factor(b, t)))
+    };
+    LinearGradients {
+        hidden: Array::from_fn(hidden.shape(), |[b, t, m]| {
+            sum((0..router_heads).map(|r| d_logits[[b, r, t]] * weight[[m, r]]))
+        }),
+        weight: Array::from_fn(weight.shape(), |[m, r]| over_tokens(r, &|b, t| hidden[[b, t, m]])),
+        bias: (0..router_heads).map(|r| over_tokens(r, &|_, _| F::one())).collect(),
+    }
+}
+
+/// The backward pass of [`linear_choice`]: [`linear_backward`] of `d_logits` `[B, R, K, T]`. The gradients have the
+/// shapes of weight `[M, R * K]` and bias `[R * K]`.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn linear_choice_backward<F: Float>(
+    hidden: &Array<F, 3>,
+    weight: &Array<F, 2>,
+    d_logits: &Array<F, 4>,
+) -> LinearGradients<F> {
+    let [batch, router_heads, choices, tokens] = d_logits.shape();
+    linear_backward(hidden, weight, &d_logits.clone().reshape([batch, router_heads * choices, tokens]))
+}
+
 /// The binary gate `sigmoid(z / temperature)` against a threshold; route 1 is far.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SigmoidGate<F> {
@@ -74,6 +124,18 @@ impl<F: Float> SigmoidGate<F> {
         });
         (scores, routes)
     }
+
+    /// The gradient of the logits, from the scores and theirs, all `[B, R, T]`: `r (1 - r) / temperature` times it.
+    /// Routes have none; see [`gate_backward`](crate::gate_backward).
+    ///
+    /// # Panics
+    /// When shapes differ.
+    pub fn backward(&self, scores: &Array<F, 3>, d_scores: &Array<F, 3>) -> Array<F, 3> {
+        assert_eq!(scores.shape(), d_scores.shape(), "a score has one gradient");
+        Array::from_fn(scores.shape(), |i| {
+            d_scores[i] * scores[i] * (F::one() - scores[i]) / self.temperature
+        })
+    }
 }
 
 /// Softmax scores `[B, R, K, T]` over the K choices of logits `[B, R, K, T]` and routes `[B, R, T]`, the
@@ -102,13 +164,30 @@ pub fn softmax_choice<F: Float>(logits: &Array<F, 4>) -> (Array<F, 4>, Array<u8,
     (scores, routes)
 }
 
+/// The gradient of the logits of [`softmax_choice`], from the scores p and theirs, all `[B, R, K, T]`:
+/// `dz_k = p_k (dp_k - sum over l of p_l dp_l)`.
+///
+/// # Panics
+/// When shapes differ.
+pub fn softmax_choice_backward<F: Float>(scores: &Array<F, 4>, d_scores: &Array<F, 4>) -> Array<F, 4> {
+    assert_eq!(scores.shape(), d_scores.shape(), "a score has one gradient");
+    let choices = scores.shape()[2];
+    Array::from_fn(scores.shape(), |[b, r, k, t]| {
+        let mean = sum((0..choices).map(|l| scores[[b, r, l, t]] * d_scores[[b, r, l, t]]));
+        scores[[b, r, k, t]] * (d_scores[[b, r, k, t]] - mean)
+    })
+}
+
 #[cfg(test)]
 mod tests {
     use approx::assert_abs_diff_eq;
     use rstest::rstest;
 
     use super::*;
-    use crate::samples::noise;
+    use crate::{
+        array::dot,
+        samples::{assert_gradient, noise},
+    };
 
     #[test]
     fn linear_by_hand() {
@@ -176,5 +255,38 @@ mod tests {
     fn a_nan_among_the_choices_is_invalid_wherever_it_is(#[case] at: usize) {
         let logits = Array::from_fn([1, 1, 3, 1], |[_, _, k, _]| if k == at { f64::NAN } else { 1.0 });
         assert_eq!(softmax_choice(&logits).1.into_vec(), [INVALID_ROUTE]);
+    }
+
+    #[rstest]
+    #[case(SigmoidGate::aha())]
+    #[case(SigmoidGate::l2a())]
+    fn gradients_of_a_gate_equal_differences(#[case] gate: SigmoidGate<f64>) {
+        let logits = noise([2, 3, 4], 0).map(|z| 3.0 * gate.temperature * z);
+        let d_scores = noise([2, 3, 4], 1);
+        let found = gate.backward(&gate.forward(&logits).0, &d_scores);
+        assert_gradient(&logits, &found, |z| dot(gate.forward(z).0.as_slice(), d_scores.as_slice()));
+    }
+
+    #[rstest]
+    #[case(1)]
+    #[case(2)]
+    #[case(5)]
+    fn gradients_of_a_choice_equal_differences(#[case] choices: usize) {
+        let (logits, d_scores) = (noise([2, 3, choices, 4], 0), noise([2, 3, choices, 4], 1));
+        let found = softmax_choice_backward(&softmax_choice(&logits).0, &d_scores);
+        assert_gradient(&logits, &found, |z| dot(softmax_choice(z).0.as_slice(), d_scores.as_slice()));
+    }
+
+    #[test]
+    fn gradients_of_a_projection_equal_differences() {
+        let (hidden, weight, bias) = (noise([2, 3, 4], 0), noise([4, 6], 1), noise([6], 2));
+        let d_logits = noise([2, 2, 3, 3], 3);
+        let found = linear_choice_backward(&hidden, &weight, &d_logits);
+        let loss = |hidden: &Array<f64, 3>, weight: &Array<f64, 2>, bias: &Array<f64, 1>| {
+            dot(linear_choice(hidden, weight, Some(bias.as_slice()), 3).as_slice(), d_logits.as_slice())
+        };
+        assert_gradient(&hidden, &found.hidden, |hidden| loss(hidden, &weight, &bias));
+        assert_gradient(&weight, &found.weight, |weight| loss(&hidden, weight, &bias));
+        assert_gradient(&bias, &Array::new([6], found.bias), |bias| loss(&hidden, &weight, bias));
     }
 }

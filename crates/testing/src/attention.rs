@@ -11,7 +11,7 @@ use crate::{
     case::{Case, cases, causal_reaches, reaches, routings, windows},
     compare::{Expected, Read, agree, run},
     everywhere,
-    inputs::{Data, HostRoutes, OnDevice},
+    inputs::{Data, HostRoutes, OnDevice, token_major},
     refute,
 };
 
@@ -115,7 +115,7 @@ pub(crate) const PROPERTIES: &[Property] = &[
 ];
 
 /// The operator that sees `reach`.
-fn operator(reach: Reach) -> Box<dyn AttentionOperator> {
+pub(crate) fn operator(reach: Reach) -> Box<dyn AttentionOperator> {
     match reach {
         Reach::Window(window) => Box::new(Windowed::new(window)),
         Reach::SinksAndWindow { sinks, window } => Box::new(Windowed::new(window).with_sinks(sinks)),
@@ -260,45 +260,14 @@ fn chunks_equal_at_once(device: &Device, effort: Effort) -> Result<(), String> {
     })
 }
 
-/// `[B, H, T, D]` laid out in memory as `[B, T, H, D]`, and the strides to read it with.
-fn token_major(values: &[f32], [batch, heads, tokens, dim]: [usize; 4]) -> (Vec<f32>, [usize; 4]) {
-    let mut moved = Vec::with_capacity(values.len());
-    for b in 0..batch {
-        for t in 0..tokens {
-            for h in 0..heads {
-                moved.extend_from_slice(&values[((b * heads + h) * tokens + t) * dim..][..dim]);
-            }
-        }
-    }
-    (moved, [tokens * heads * dim, dim, heads * dim, 1])
-}
-
 fn strides_do_not_matter(device: &Device, effort: Effort) -> Result<(), String> {
     refute(effort, (cases(&device.profile), reaches(), any::<bool>()), |(case, reach, broadcast)| {
         let client = &device.client;
         let mut data = Data::new(&case);
         if broadcast {
-            // One sequence's keys and values for all.
-            for (values, dim) in [(&mut data.key, case.head_dim), (&mut data.value, case.value_dim)] {
-                let one = values[..case.kv_heads * case.key_len * dim].to_vec();
-                values.chunks_mut(one.len()).for_each(|chunk| chunk.copy_from_slice(&one));
-            }
+            data.share_first_sequence();
         }
-        let strided = |values: &[f32], shape: [usize; 4], broadcast: bool| -> bifocal::Result<Tensor<4>> {
-            let (moved, mut strides) = token_major(values, shape);
-            let tensor = Tensor::from_f32(client, [moved.len()], case.element, &moved)?;
-            if broadcast {
-                strides[0] = 0;
-            }
-            Ok(Tensor::new(tensor.into_handle(), case.element, shape, strides))
-        };
-        let on = OnDevice {
-            query: run(strided(&data.query, data.query_shape(), false))?,
-            key: run(strided(&data.key, data.key_shape(), broadcast))?,
-            value: run(strided(&data.value, data.value_shape(), broadcast))?,
-            sinks: run(data.upload(client))?.sinks,
-            sequences: None,
-        };
+        let on = run(data.upload_token_major(client, broadcast))?;
         let problem = case.problem();
         let shape = problem.out_shape();
         let poison = vec![f32::NAN; shape.iter().product()];

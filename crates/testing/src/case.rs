@@ -5,6 +5,8 @@ use std::ops::Range;
 use bifocal::{DeviceProfile, Element, Problem, Reach, Routine, Window};
 use proptest::{prelude::*, sample::select};
 
+use crate::inputs::round;
+
 /// An attention problem with a seed for its data.
 #[derive(Clone, Debug)]
 pub(crate) struct Case {
@@ -79,6 +81,15 @@ impl Case {
     /// Whether the product with values may take weights rounded to the inputs' type, as it does on tensor cores.
     pub(crate) fn may_round_weights(&self) -> bool {
         self.tensor_cores && self.element != Element::F32 && self.routine != Some(Routine::Portable)
+    }
+
+    /// What a plain computation does to weights before they meet their values.
+    pub(crate) fn round_weight(&self) -> fn(f32) -> f32 {
+        match self.element {
+            Element::F16 if self.may_round_weights() => |weight| round(Element::F16, weight),
+            Element::Bf16 if self.may_round_weights() => |weight| round(Element::Bf16, weight),
+            _ => |weight| weight,
+        }
     }
 
     pub(crate) fn out_element(&self) -> Element {
@@ -174,6 +185,30 @@ pub(crate) fn packed_cases(profile: &DeviceProfile) -> impl Strategy<Value = Cas
         let (query_len, key_len) = (packed.queries[lengths.len()], packed.keys[lengths.len()]);
         Case { batch: 1, query_len, key_len, packed: Some(packed), ..case }
     })
+}
+
+/// Cases for backward passes: as drawn, but for what a device would refuse or compile for long.
+pub(crate) fn backward_cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + use<> {
+    let profile = profile.clone();
+    cases(&profile).prop_map(move |case| for_backward(case, &profile))
+}
+
+/// [`packed_cases`] for backward passes.
+pub(crate) fn packed_backward_cases(profile: &DeviceProfile) -> impl Strategy<Value = Case> + use<> {
+    let profile = profile.clone();
+    packed_cases(&profile).prop_map(move |case| for_backward(case, &profile))
+}
+
+fn for_backward(mut case: Case, profile: &DeviceProfile) -> Case {
+    let runs = |routine| bifocal_tile::supports_backward(routine, &case.problem(), profile).is_ok();
+    if case.routine.is_some_and(|routine| !runs(routine)) {
+        case.routine = None;
+    }
+    if profile.runtime.contains("wgpu") {
+        // A backward pass is three kernels or more, and shaders are compiled for seconds: few different ones.
+        (case.head_dim, case.value_dim) = (32, 32);
+    }
+    case
 }
 
 /// Windows from one key to more than there are.

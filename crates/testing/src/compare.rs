@@ -45,12 +45,7 @@ impl Expected {
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Self {
         let exact: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
-        let round_weight: fn(f32) -> f32 = match case.element {
-            Element::F16 if case.may_round_weights() => |weight| round(Element::F16, weight),
-            Element::Bf16 if case.may_round_weights() => |weight| round(Element::Bf16, weight),
-            _ => |weight| weight,
-        };
-        let plain: reference::Partial<f32> = data.oracle(round_weight, &reach_of);
+        let plain: reference::Partial<f32> = data.oracle(case.round_weight(), &reach_of);
         let out_element = case.out_element();
         let plain_out = plain.out.as_slice().iter().map(|&x| round(out_element, x));
         let largest = data.value.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
@@ -74,7 +69,7 @@ impl Expected {
 }
 
 /// The largest finite difference.
-fn worst(exact: &[f64], found: impl Iterator<Item = f32>) -> f64 {
+pub(crate) fn worst(exact: &[f64], found: impl Iterator<Item = f32>) -> f64 {
     exact
         .iter()
         .zip(found)

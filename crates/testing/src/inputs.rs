@@ -2,7 +2,10 @@
 
 use bifocal::cubecl::client::Client;
 use bifocal::{Element, Inputs, Reach, RouteGeometry, Routes, Sequences, Tensor};
-use bifocal_reference::{Array, Options, Partial, attention_where, ragged_attention_where};
+use bifocal_reference::{
+    Array, Gradients, Options, Partial, attention_backward_where, attention_where,
+    ragged_attention_backward_where, ragged_attention_where,
+};
 use half::{bf16, f16};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -53,6 +56,15 @@ impl Data {
         }
     }
 
+    /// Gives every sequence the keys and values of the first.
+    pub(crate) fn share_first_sequence(&mut self) {
+        let case = &self.case;
+        for (values, dim) in [(&mut self.key, case.head_dim), (&mut self.value, case.value_dim)] {
+            let one = values[..case.kv_heads * case.key_len * dim].to_vec();
+            values.chunks_mut(one.len()).for_each(|chunk| chunk.copy_from_slice(&one));
+        }
+    }
+
     pub(crate) fn query_shape(&self) -> [usize; 4] {
         let case = &self.case;
         [case.batch, case.heads(), case.query_len, case.head_dim]
@@ -85,14 +97,27 @@ impl Data {
         })
     }
 
-    /// The oracle in `F`, with each row's reach given by `reach_of(batch, head, token)`, and what becomes of weights.
-    pub(crate) fn oracle<F: num_traits::Float>(
-        &self,
-        round_weight: fn(F) -> F,
-        reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
-    ) -> Partial<F> {
-        let cast = |x: &f32| F::from(*x).expect("an f32 fits every float");
-        let array = |shape, values: &[f32]| Array::new(shape, values.iter().map(cast).collect());
+    /// [`upload`](Self::upload) with tokens before heads in memory. Where `broadcast`, all sequences share the keys and values
+    /// of the first.
+    pub(crate) fn upload_token_major(&self, client: &Client, broadcast: bool) -> bifocal::Result<OnDevice> {
+        let upload = |values: &[f32], shape: [usize; 4], broadcast: bool| -> bifocal::Result<Tensor<4>> {
+            let tensor = upload_token_major(client, self.case.element, values, shape)?;
+            let mut strides = tensor.strides();
+            if broadcast {
+                strides[0] = 0;
+            }
+            Ok(Tensor::new(tensor.into_handle(), self.case.element, shape, strides))
+        };
+        Ok(OnDevice {
+            query: upload(&self.query, self.query_shape(), false)?,
+            key: upload(&self.key, self.key_shape(), broadcast)?,
+            value: upload(&self.value, self.value_shape(), broadcast)?,
+            ..self.upload(client)?
+        })
+    }
+
+    /// What is done to scores, in `F`, and query, key and value.
+    fn arrays<F: num_traits::Float>(&self, round_weight: fn(F) -> F) -> (Options<F>, [Array<F, 4>; 3]) {
         let problem = self.case.problem();
         let options = Options {
             scale: cast(&problem.scale),
@@ -103,6 +128,16 @@ impl Data {
         let q = array(self.query_shape(), &self.query);
         let k = array(self.key_shape(), &self.key);
         let v = array(self.value_shape(), &self.value);
+        (options, [q, k, v])
+    }
+
+    /// The oracle in `F`, with each row's reach given by `reach_of(batch, head, token)`, and what becomes of weights.
+    pub(crate) fn oracle<F: num_traits::Float>(
+        &self,
+        round_weight: fn(F) -> F,
+        reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
+    ) -> Partial<F> {
+        let (options, [q, k, v]) = self.arrays(round_weight);
         match &self.case.packed {
             Some(Packed { queries, keys }) => {
                 ragged_attention_where(&q, &k, &v, (queries, keys), &options, |h, t| reach_of(0, h, t))
@@ -110,6 +145,61 @@ impl Data {
             None => attention_where(&q, &k, &v, &options, reach_of),
         }
     }
+
+    /// The oracle's backward pass in `F` of `partial`, which [`oracle`](Self::oracle) gave, and the gradient of its output.
+    pub(crate) fn oracle_backward<F: num_traits::Float>(
+        &self,
+        round_weight: fn(F) -> F,
+        partial: &Partial<F>,
+        d_out: &[f32],
+        reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
+    ) -> Gradients<F> {
+        let (options, [q, k, v]) = self.arrays(round_weight);
+        let d_out = array(partial.out.shape(), d_out);
+        match &self.case.packed {
+            Some(Packed { queries, keys }) => {
+                let lengths: (&[usize], &[usize]) = (queries, keys);
+                ragged_attention_backward_where(&q, &k, &v, lengths, &options, partial, &d_out, |h, t| {
+                    reach_of(0, h, t)
+                })
+            }
+            None => attention_backward_where(&q, &k, &v, &options, partial, &d_out, reach_of),
+        }
+    }
+}
+
+fn cast<F: num_traits::Float>(x: &f32) -> F {
+    F::from(*x).expect("an f32 fits every float")
+}
+
+/// Numbers as the oracle takes them.
+pub(crate) fn array<F: num_traits::Float, const N: usize>(shape: [usize; N], values: &[f32]) -> Array<F, N> {
+    Array::new(shape, values.iter().map(cast).collect())
+}
+
+/// `[B, H, T, D]` laid out in memory as `[B, T, H, D]`, and the strides to read it with.
+pub(crate) fn token_major(values: &[f32], [batch, heads, tokens, dim]: [usize; 4]) -> (Vec<f32>, [usize; 4]) {
+    let mut moved = Vec::with_capacity(values.len());
+    for b in 0..batch {
+        for t in 0..tokens {
+            for h in 0..heads {
+                moved.extend_from_slice(&values[((b * heads + h) * tokens + t) * dim..][..dim]);
+            }
+        }
+    }
+    (moved, [tokens * heads * dim, dim, heads * dim, 1])
+}
+
+/// A tensor with tokens before heads in memory.
+pub(crate) fn upload_token_major(
+    client: &Client,
+    element: Element,
+    values: &[f32],
+    shape: [usize; 4],
+) -> bifocal::Result<Tensor<4>> {
+    let (moved, strides) = token_major(values, shape);
+    let tensor = Tensor::from_f32(client, [moved.len()], element, &moved)?;
+    Ok(Tensor::new(tensor.into_handle(), element, shape, strides))
 }
 
 /// Tensors of a case in device memory.
@@ -176,5 +266,15 @@ impl HostRoutes {
 
     pub(crate) fn upload(&self, client: &Client) -> bifocal::Result<Routes> {
         Routes::from_host(client, self.geometry, &self.routes)
+    }
+
+    /// [`upload`](Self::upload) as a kernel would have written them: routes that name no reach are let through.
+    pub(crate) fn upload_unchecked(&self, client: &Client) -> bifocal::Result<Routes> {
+        let mut bytes = vec![0; self.geometry.bytes()];
+        let rows = bytes.chunks_mut(self.geometry.pitch()).zip(self.routes.chunks(self.geometry.tokens));
+        for (row, tokens) in rows {
+            row[..tokens.len()].copy_from_slice(tokens);
+        }
+        Routes::from_device(client, self.geometry, client.create_from_slice(&bytes))
     }
 }

@@ -6,11 +6,14 @@
 //! twice the error of the same oracle computed in `f32`, plus a floor of a few roundings.
 
 mod attention;
+mod backward;
 mod case;
 mod compare;
+mod gradients;
 mod inputs;
 mod packed;
 mod routing;
+mod straight_through;
 mod tensor_cores;
 
 use bifocal::cubecl::client::Client;
@@ -87,10 +90,11 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences; last, the instructions that kernels are made of.
+/// sequences; then the way back; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
-    let parts = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES, tensor_cores::PROPERTIES];
-    parts.into_iter().flatten()
+    let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
+    let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
+    forward.into_iter().chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
 }
 
 /// The property of that name.

@@ -1,9 +1,10 @@
 //! Bad input gives a typed error that names what was expected and found: never a panic, never a wrong number.
 
 use bifocal::{
-    Aha, AttentionOperator, Element, Error, Full, Inputs, L2a, LinearChoice, LinearGate, MultiWindow,
-    Partial, Plan, Problem, RouteGeometry, Router, Routes, Rows, Sequences, Tensor, Threshold, Window,
-    Windowed, cubecl::client::Client,
+    Aha, AttentionOperator, DeviceProfile, Element, Error, Full, Gradients, Inputs, L2a, LinearChoice,
+    LinearGate, MultiWindow, Partial, Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes, Routine,
+    Rows, Saved, Sequences, Tensor, Threshold, Window, Windowed, add_to_scores, choice_gradient,
+    cubecl::client::Client, gate_gradient,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -124,6 +125,145 @@ fn memory_that_does_not_hold_what_strides_reach() {
     assert!(matches!(error, Error::NotContiguous { .. }), "{error}");
 }
 
+/// A backward pass of two heads over eight tokens, after what `change` has done to it.
+fn backward_error(change: impl FnOnce(&Client, &mut BackwardPass)) -> Error {
+    let client = cpu();
+    let problem = Problem::new([1, 2, 8, 32], [1, 2, 8, 32], Element::F32).expect("a possible problem");
+    let sinks = Tensor::filled(&client, [2], Element::F32, 0.0).expect("room for two logits");
+    let mut pass = BackwardPass {
+        problem,
+        sinks,
+        d_out: tensor(&client, [1, 2, 8, 32]),
+        delta: Tensor::filled(&client, [1, 2, 8], Element::F32, 0.0).expect("room for products"),
+        gradients: Gradients::zeros(&client, &problem, true).expect("room for gradients"),
+    };
+    change(&client, &mut pass);
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view()).with_sink_logits(pass.sinks.view());
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let saved = Saved { partial: &partial, d_out: pass.d_out.view(), delta: pass.delta.view() };
+    Full.backward(&client, &pass.problem, &inputs, Rows::All, &saved, &pass.gradients)
+        .expect_err("a backward pass that cannot be run")
+}
+
+struct BackwardPass {
+    problem: Problem,
+    sinks: Tensor<1>,
+    d_out: Tensor<4>,
+    delta: Tensor<3>,
+    gradients: Gradients,
+}
+
+#[test]
+fn backward_passes_that_do_not_fit() {
+    let error = backward_error(|_, pass| pass.gradients.sink_logits = None);
+    let expected =
+        "the gradient of the sink logits is absent, expected room for it, as the inputs have sink logits";
+    assert_eq!(error.to_string(), expected);
+    let error = backward_error(|client, pass| pass.gradients.key = tensor(client, [1, 2, 9, 32]));
+    assert!(matches!(error, Error::Shape { tensor: "the gradient of the key", .. }), "{error}");
+    let error = backward_error(|_, pass| {
+        let query = &pass.gradients.query;
+        let (handle, shape) = (query.handle().clone(), query.shape());
+        pass.gradients.query = Tensor::new(handle, Element::F32, shape, [512, 32, 64, 1]);
+    });
+    assert!(matches!(error, Error::NotContiguous { tensor: "the gradient of the query", .. }), "{error}");
+    let error = backward_error(|client, pass| {
+        let shape = pass.gradients.value.shape();
+        pass.gradients.value = Tensor::filled(client, shape, Element::F16, 0.0).expect("f16 on the CPU");
+    });
+    assert!(matches!(error, Error::Element { tensor: "the gradient of the value", .. }), "{error}");
+    let error = backward_error(|client, pass| {
+        pass.d_out = Tensor::filled(client, [1, 2, 8, 32], Element::F16, 0.5).expect("f16 on the CPU");
+    });
+    let expected =
+        Error::Element { tensor: "the gradient of the output", expected: Element::F32, found: Element::F16 };
+    assert_eq!(error, expected);
+    let error = backward_error(|client, pass| {
+        pass.delta = Tensor::filled(client, [1, 2, 4], Element::F32, 0.0).expect("room for products");
+    });
+    assert!(matches!(error, Error::Shape { tensor: "delta", .. }), "{error}");
+    let error = backward_error(|_, pass| pass.problem = pass.problem.with_routine(Routine::Wgmma));
+    assert!(matches!(error, Error::Refused { operator: "full", .. }), "{error}");
+    if let Ok(other) = bifocal::open("wgpu").map(Settled) {
+        let error = backward_error(|_, pass| pass.d_out = tensor(&other, [1, 2, 8, 32]));
+        assert!(
+            matches!(error, Error::DeviceMismatch { tensor: "the gradient of the output", .. }),
+            "{error}"
+        );
+    }
+}
+
+#[test]
+fn operators_without_a_backward_pass() {
+    /// Full attention that nobody has differentiated.
+    struct Forward;
+
+    impl AttentionOperator for Forward {
+        fn name(&self) -> &'static str {
+            "forward"
+        }
+
+        fn reach(&self) -> Reach {
+            Reach::All
+        }
+
+        fn supports(
+            &self,
+            routine: Routine,
+            problem: &Problem,
+            profile: &DeviceProfile,
+        ) -> Result<(), Refusal> {
+            Full.supports(routine, problem, profile)
+        }
+
+        fn attend(
+            &self,
+            client: &Client,
+            problem: &Problem,
+            inputs: &Inputs<'_>,
+            rows: Rows<'_>,
+            partial: &Partial,
+        ) -> bifocal::Result<Routine> {
+            Full.attend(client, problem, inputs, rows, partial)
+        }
+    }
+
+    let client = cpu();
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let partial = Partial::empty(&client, &problem, Element::F32);
+    let delta = Tensor::zeros(&client, [1, 2, 8]).expect("room for products");
+    let saved = Saved { partial: &partial, d_out: q.view(), delta: delta.view() };
+    let gradients = Gradients::zeros(&client, &problem, false).expect("room for gradients");
+    let error = Forward.backward(&client, &problem, &inputs, Rows::All, &saved, &gradients);
+    assert!(matches!(error, Err(Error::Refused { operator: "forward", .. })), "{error:?}");
+    assert!(Forward.choose_backward(&problem, &DeviceProfile::of(&client)).is_err());
+    assert!(Full.choose_backward(&problem, &DeviceProfile::of(&client)).is_ok());
+}
+
+#[test]
+fn scores_that_no_router_gave() {
+    let client = cpu();
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let gate = |router_heads, d_out: &Tensor<4>| {
+        gate_gradient(&client, &problem, router_heads, None, q.view(), d_out.view())
+    };
+    assert!(gate(2, &q).is_ok());
+    assert!(matches!(gate(3, &q), Err(Error::Shape { tensor: "routes", .. })));
+    assert!(matches!(gate(0, &q), Err(Error::EmptyDimension { .. })));
+    assert!(matches!(gate(1, &tensor(&client, [1, 2, 9, 32])), Err(Error::Shape { .. })));
+    let none = choice_gradient(&client, &problem, 1, &[], q.view());
+    assert!(matches!(none, Err(Error::Option { option: "reaches", .. })));
+    let products = Tensor::zeros(&client, [1, 2, 8]).expect("room for products");
+    let scores = Tensor::zeros(&client, [1, 1, 2, 8]).expect("room for scores");
+    let error = add_to_scores(&client, &problem, products.view(), 1.0, 2, &scores);
+    assert!(matches!(error, Err(Error::Option { .. })), "{error:?}");
+}
+
 #[test]
 fn routes_out_of_range_or_of_another_shape() {
     let client = cpu();
@@ -201,7 +341,7 @@ fn reaches_without_a_branch() {
     assert!(matches!(error, Error::Option { option: "reaches of the routes", .. }), "{error}");
     // L2A takes the last reach, however many there are.
     assert!(L2a::new(window).global(&client, &problem, &inputs, &routes).is_ok());
-    assert!(Windowed::new(window).choose(&problem, &bifocal::DeviceProfile::of(&client)).is_ok());
+    assert!(Windowed::new(window).choose(&problem, &DeviceProfile::of(&client)).is_ok());
 }
 
 #[test]

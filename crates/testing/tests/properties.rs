@@ -80,6 +80,15 @@ on_every_device! {
     packed_sequences_equal_one_by_one
     packed_sequences_never_mix
     routed_packed_sequences_equal_the_oracle
+    products_of_rows_are_plain_sums
+    gradients_equal_the_oracle
+    a_nan_reaches_no_other_gradient
+    gradients_add_up
+    selected_gradients_equal_the_oracle
+    two_backward_runs_agree_bit_for_bit
+    packed_gradients_equal_the_oracle
+    gate_gradients_equal_the_oracle
+    choice_gradients_equal_the_oracle
     warpgroup_products_are_plain_sums
 }
 

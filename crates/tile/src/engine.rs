@@ -1,10 +1,12 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Inputs, Partial, Rows, Sequences},
+    device::{Gradients, Inputs, Partial, Rows, Saved, Sequences},
 };
 use cubecl::{client::Client, server::Handle};
 
-use crate::{mma, portable, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma};
+use crate::{
+    mma, portable, rows::Sight, sinks, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma,
+};
 
 /// Rows per work item on a device: what a dispatch plan cuts its lists into.
 pub fn item_rows(profile: &DeviceProfile) -> u32 {
@@ -27,6 +29,24 @@ pub fn supports(routine: Routine, problem: &Problem, profile: &DeviceProfile) ->
     }
 }
 
+/// Whether `routine` can run the backward pass of `problem` on a device with this profile; if not, why.
+///
+/// # Errors
+/// The [`Refusal`] says why not.
+pub fn supports_backward(
+    routine: Routine,
+    problem: &Problem,
+    profile: &DeviceProfile,
+) -> Result<(), Refusal> {
+    if problem.routine.is_some_and(|forced| forced != routine) {
+        return Err(Refusal::NotAsked);
+    }
+    match routine {
+        Routine::Portable => portable::supports(problem, profile),
+        _ => Err(Refusal::NotImplemented),
+    }
+}
+
 /// The rows of a call and what they see, as every routine's launch needs it. Buffers that a kernel does not read still
 /// have to be bound: they are the query's then.
 pub(crate) struct Work<'a> {
@@ -37,6 +57,7 @@ pub(crate) struct Work<'a> {
     pub(crate) sequences: Option<&'a Handle>,
     pub(crate) routed: bool,
     pub(crate) rows: &'a Handle,
+    pub(crate) list_counts: &'a Handle,
     pub(crate) items: &'a Handle,
     pub(crate) item_counts: &'a Handle,
     /// Zeros to count in, where a plan has them.
@@ -73,6 +94,7 @@ impl<'a> Work<'a> {
                     sequences,
                     routed: false,
                     rows: unused,
+                    list_counts: unused,
                     items: unused,
                     item_counts: unused,
                     counters: None,
@@ -98,6 +120,7 @@ impl<'a> Work<'a> {
                     sequences,
                     routed: true,
                     rows: routed.rows,
+                    list_counts: routed.list_counts,
                     items: routed.items,
                     item_counts: routed.item_counts,
                     counters: Some(routed.counters),
@@ -112,6 +135,11 @@ impl<'a> Work<'a> {
             return Err(Error::TooLarge { what: "work items", size: work.max_items as u128, limit });
         }
         Ok(work)
+    }
+
+    pub(crate) fn sight(&self) -> Sight {
+        let Self { visibility, routed, sequences, .. } = *self;
+        Sight { visibility, routed, ragged: sequences.is_some() }
     }
 }
 
@@ -162,6 +190,43 @@ pub fn attend(
             }
         };
         refusals.push((routine, refusal));
+    }
+    Err(Error::Refused { operator, refusals: Refusals(refusals) })
+}
+
+/// Adds the gradients of `rows`, whose forward pass saw the keys that `reach` shows, to `gradients`, with the fastest
+/// routine that takes the problem and the layout of its tensors.
+///
+/// The caller names itself for messages.
+///
+/// # Errors
+/// As [`Inputs::check`], [`Saved::check`] and [`Gradients::check`]; [`Error::Refused`] when every routine refuses;
+/// [`Error::Option`] when a dispatch plan was cut for another item size than the device's.
+pub fn backward(
+    operator: &'static str,
+    client: &Client,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    reach: Reach,
+    rows: Rows<'_>,
+    saved: &Saved<'_>,
+    gradients: &Gradients,
+) -> Result<Routine> {
+    inputs.check(client, problem)?;
+    saved.check(client, problem)?;
+    gradients.check(client, problem, inputs)?;
+    let profile = DeviceProfile::of(client);
+    let mut refusals = Vec::new();
+    for routine in Routine::ALL {
+        match supports_backward(routine, problem, &profile) {
+            Ok(()) => {
+                let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
+                portable::backward::launch(client, &profile, problem, inputs, &work, saved, gradients);
+                sinks::launch(client, problem, inputs, &work, saved, gradients);
+                return Ok(routine);
+            }
+            Err(refusal) => refusals.push((routine, refusal)),
+        }
     }
     Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }

@@ -1,18 +1,20 @@
 //! The online-softmax tile engine: one kernel per routine, specialised at compile time by what a row may see
 //! ([`Reach`](bifocal_core::Reach)) and by how rows are found (all of them, or those of a dispatch plan).
 //!
-//! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`]. A routine is a folder: its blueprint says
+//! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`] and [`backward`]. A routine is a folder: its blueprint says
 //! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the
 //! routines on tensor cores share is in `tensor_core`.
 
 mod engine;
 mod mma;
 mod portable;
+mod rows;
+mod sinks;
 mod tensor_core;
 mod visibility;
 mod wgmma;
 
-pub use engine::{attend, item_rows, supports};
+pub use engine::{attend, backward, item_rows, supports, supports_backward};
 pub use wgmma::products;
 
 /// The CUDA C++ of the tensor-core kernels whose name contains `part`, with their names (`KERNEL.ARCHITECTURE`): what a

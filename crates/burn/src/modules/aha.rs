@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, finite, options, router},
 };
-use crate::{GateOptions, aha_attention, linear_gate};
+use crate::{GateOptions, Training, aha_attention, linear_gate};
 
 /// Configuration of [`AhaAttention`].
 ///
@@ -103,19 +103,27 @@ pub struct AhaAttention {
 }
 
 impl AhaAttention {
-    /// Attends within hidden states `[B, T, M]`.
+    /// Attends within hidden states `[B, T, M]`; trains as the paper does ([`Training::Exact`]).
     ///
     /// # Errors
     /// As [`aha_attention`] and [`linear_gate`]; [`Error::TooLarge`](bifocal::Error::TooLarge) for more tokens than
     /// rotary positions are tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<AttentionOutput> {
+        self.forward_with(hidden, Training::Exact)
+    }
+
+    /// [`forward`](Self::forward) with a choice of what a training step computes.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check("AhaAttention::forward", &hidden, rope)?;
+        self.projections.check(&hidden, rope)?;
         let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
         let routing = linear_gate(hidden.clone(), weight, bias, GateOptions::aha())?;
         let [query, key, value] = self.projections.project(hidden, rope);
-        let window = Window::aha(self.window)?;
-        let out = aha_attention(query, key, value, &routing, window, &options(self.softcap)?)?;
+        let options = options(self.softcap)?.with_training(training);
+        let out = aha_attention(query, key, value, &routing, Window::aha(self.window)?, &options)?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
     }
 }

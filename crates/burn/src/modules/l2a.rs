@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, options, positive, rms_norm, zero_router},
 };
-use crate::{GateOptions, global_attention, linear_gate, windowed_attention};
+use crate::{GateOptions, Training, global_attention, linear_gate, windowed_attention};
 
 /// Configuration of [`L2aAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -106,15 +106,25 @@ pub struct L2aAttention {
 }
 
 impl L2aAttention {
-    /// Attends within hidden states `[B, T, M]`, residuals included.
+    /// Attends within hidden states `[B, T, M]`, residuals included; trains by [`Training::Sparse`].
     ///
     /// # Errors
     /// As [`windowed_attention`], [`global_attention`] and [`linear_gate`];
     /// [`Error::TooLarge`](bifocal::Error::TooLarge) for more tokens than rotary positions are tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<AttentionOutput> {
+        self.forward_with(hidden, Training::Sparse)
+    }
+
+    /// [`forward`](Self::forward) with a choice of what a training step computes. The paper takes the dense pass,
+    /// [`Training::Exact`], in every layer and step with probability 0.1, so that closed gates learn too. The coin is the
+    /// caller's: one that is drawn from the step and the layer falls alike when a layer is computed again.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.local.check("L2aAttention::forward", &hidden, rope)?;
-        let options = options(self.softcap)?;
+        self.local.check(&hidden, rope)?;
+        let options = options(self.softcap)?.with_training(training);
 
         let [query, key, value] = self.local.project(self.local_norm.forward(hidden.clone()), rope);
         let near = windowed_attention(query, key, value, Window::l2a(self.window)?, &options)?;

@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, finite, options, router},
 };
-use crate::{linear_choice, multi_window_attention};
+use crate::{Training, linear_choice, multi_window_attention};
 
 /// Configuration of [`MultiWindowAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -87,19 +87,27 @@ pub struct MultiWindowAttention {
 }
 
 impl MultiWindowAttention {
-    /// Attends within hidden states `[B, T, M]`.
+    /// Attends within hidden states `[B, T, M]`; trains by [`Training::Exact`].
     ///
     /// # Errors
     /// As [`multi_window_attention`] and [`linear_choice`]; [`Error::TooLarge`] for more tokens than rotary
     /// positions are tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<AttentionOutput> {
+        self.forward_with(hidden, Training::Exact)
+    }
+
+    /// [`forward`](Self::forward) with a choice of what a training step computes.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward).
+    pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check("MultiWindowAttention::forward", &hidden, rope)?;
+        self.projections.check(&hidden, rope)?;
         let windows = windows(&self.windows)?;
         let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
         let routing = linear_choice(hidden.clone(), weight, bias, windows.len() + 1)?;
         let [query, key, value] = self.projections.project(hidden, rope);
-        let options = options(self.softcap)?;
+        let options = options(self.softcap)?.with_training(training);
         let out = multi_window_attention(query, key, value, &routing, &windows, &options)?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
     }

@@ -8,7 +8,7 @@ use burn::{
 
 use crate::{
     AttentionOptions,
-    place::{Origin, check_no_autodiff, check_together},
+    place::{Origin, check_together},
 };
 
 /// Rotary positions (RoFormer, arXiv 2104.09864) of queries and keys, pairs interleaved as Burn's `RotaryEncoding`
@@ -82,16 +82,9 @@ impl Projections {
 
     /// Checks hidden states against the module that they enter, so that Burn's operations have nothing to panic
     /// about.
-    pub(crate) fn check(
-        &self,
-        operation: &'static str,
-        hidden: &Tensor<3>,
-        rope: Option<&RotaryEncoding>,
-    ) -> Result<()> {
+    pub(crate) fn check(&self, hidden: &Tensor<3>, rope: Option<&RotaryEncoding>) -> Result<()> {
         let weight = self.q_proj.weight.val();
-        let origins = [Origin::of("the weights", &weight), Origin::of("the hidden states", hidden)];
-        check_no_autodiff(operation, &origins)?;
-        check_together(&origins)?;
+        check_together(&[Origin::of("the weights", &weight), Origin::of("the hidden states", hidden)])?;
         let [batch, tokens, model_dim] = hidden.dims();
         let [expected, _] = weight.dims();
         if model_dim != expected {

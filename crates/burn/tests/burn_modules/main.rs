@@ -2,4 +2,6 @@
 
 mod common;
 mod functions;
+mod gradients;
+mod learning;
 mod modules;

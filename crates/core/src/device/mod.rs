@@ -1,5 +1,6 @@
 //! Tensors in device memory, and the traits that operators and routers implement over them.
 
+mod gradients;
 pub mod launch;
 mod operator;
 mod partial;
@@ -8,6 +9,7 @@ mod routes;
 mod sequences;
 mod tensor;
 
+pub use gradients::{Gradients, Saved};
 pub use operator::{AttentionOperator, Inputs, RoutedRows, Rows};
 pub use partial::Partial;
 pub use router::{Decision, Router};

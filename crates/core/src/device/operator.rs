@@ -1,6 +1,6 @@
 use cubecl::{client::Client, server::Handle};
 
-use super::{Partial, Sequences, TensorView};
+use super::{Gradients, Partial, Saved, Sequences, TensorView};
 use crate::{DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine};
 
 /// What attention reads: borrowed views of query `[B, H, Tq, D]`, key `[B, Hk, Tk, D]`, value
@@ -74,6 +74,8 @@ impl<'a> Inputs<'a> {
 pub struct RoutedRows<'a> {
     /// `u32 [reaches, B * Hk, rows]`: the lists, each with room for every packed row of its kv head.
     pub rows: &'a Handle,
+    /// `u32 [reaches, B * Hk]`: how many rows each list has.
+    pub list_counts: &'a Handle,
     /// `u32 [reaches, max_items, 3]`: batch x kv head, first entry within its list, number of rows.
     pub items: &'a Handle,
     /// `u32 [reaches]`: how many items there are.
@@ -134,18 +136,66 @@ pub trait AttentionOperator {
         partial: &Partial,
     ) -> Result<Routine>;
 
+    /// Whether `routine` can run the backward pass of `problem` on a device with this profile; if not, why. Needs no
+    /// device. An operator without a backward pass leaves this and [`backward`](Self::backward) as they are.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why not.
+    fn supports_backward(
+        &self,
+        routine: Routine,
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<(), Refusal> {
+        let _ = (routine, problem, profile);
+        Err(Refusal::NotImplemented)
+    }
+
+    /// Adds the gradients of `rows` to `gradients`: those of their queries, and what these rows give to the keys, values
+    /// and sink logits that they see. Returns the routine it chose. Nothing is read back to the host, and two runs agree
+    /// bit for bit.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] when no routine can run the backward pass on the client's device; otherwise as
+    /// [`Inputs::check`], [`Saved::check`] and [`Gradients::check`].
+    fn backward(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        rows: Rows<'_>,
+        saved: &Saved<'_>,
+        gradients: &Gradients,
+    ) -> Result<Routine> {
+        let _ = (client, problem, inputs, rows, saved, gradients);
+        fastest(self.name(), |_| Err(Refusal::NotImplemented))
+    }
+
     /// The fastest routine that can run `problem` on a device with this profile.
     ///
     /// # Errors
     /// [`Error::Refused`] with every routine's reason when none can.
     fn choose(&self, problem: &Problem, profile: &DeviceProfile) -> Result<Routine> {
-        let mut refusals = Vec::new();
-        for routine in Routine::ALL {
-            match self.supports(routine, problem, profile) {
-                Ok(()) => return Ok(routine),
-                Err(refusal) => refusals.push((routine, refusal)),
-            }
-        }
-        Err(Error::Refused { operator: self.name(), refusals: Refusals(refusals) })
+        fastest(self.name(), |routine| self.supports(routine, problem, profile))
     }
+
+    /// The fastest routine that can run the backward pass of `problem` on a device with this profile.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    fn choose_backward(&self, problem: &Problem, profile: &DeviceProfile) -> Result<Routine> {
+        fastest(self.name(), |routine| self.supports_backward(routine, problem, profile))
+    }
+}
+
+/// The first routine that does not refuse, or all refusals.
+fn fastest(operator: &'static str, supports: impl Fn(Routine) -> Result<(), Refusal>) -> Result<Routine> {
+    let mut refusals = Vec::new();
+    for routine in Routine::ALL {
+        match supports(routine) {
+            Ok(()) => return Ok(routine),
+            Err(refusal) => refusals.push((routine, refusal)),
+        }
+    }
+    Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }

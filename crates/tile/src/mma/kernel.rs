@@ -14,7 +14,8 @@ use cubecl::prelude::*;
 
 use super::ptx;
 use crate::{
-    portable::{INVALID_ROW, Strides},
+    portable::Strides,
+    rows::INVALID_ROW,
     tensor_core::{
         Blueprint, Layout, Numbers, PANEL, SWIZZLE,
         finish::{finish, redo_odd},

@@ -1,17 +1,13 @@
 use bifocal_core::{DeviceProfile, Problem};
 
-use crate::{engine::Work, visibility::Visibility};
+use crate::{engine::Work, rows::Sight};
 
 /// The compile-time key of a portable kernel: everything its code depends on, and nothing else.
 ///
 /// This is the one place where tile sizes are decided.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(crate) struct Blueprint {
-    pub(crate) visibility: Visibility,
-    /// Rows come from a dispatch plan rather than from counting.
-    pub(crate) routed: bool,
-    /// Rows belong to sequences that are packed one after the other.
-    pub(crate) ragged: bool,
+    pub(crate) sight: Sight,
     pub(crate) softcap: bool,
     pub(crate) sink_logits: bool,
     pub(crate) head_dim: usize,
@@ -52,9 +48,7 @@ impl Blueprint {
         // Eight accumulators in flight hide the latency of a fused multiply-add.
         let key_block = 8;
         Self {
-            visibility: work.visibility,
-            routed: work.routed,
-            ragged: work.sequences.is_some(),
+            sight: work.sight(),
             softcap: problem.softcap.is_some(),
             sink_logits,
             head_dim: problem.head_dim,

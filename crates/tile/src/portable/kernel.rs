@@ -4,60 +4,12 @@
 
 use cubecl::prelude::*;
 
-use super::Blueprint;
-use crate::visibility::{Visibility, bounds_of};
-
-/// The bit that marks a row without a valid route.
-pub(crate) const INVALID_ROW: u32 = 1 << 31;
-
-/// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Strides {
-    pub(crate) batch: u32,
-    pub(crate) head: u32,
-    pub(crate) token: u32,
-}
-
-/// The run-time numbers of a problem.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Numbers {
-    pub(crate) kv_heads: u32,
-    pub(crate) group: u32,
-    pub(crate) query_len: u32,
-    /// Head and value dim, once more than in the blueprint: a compiler that knows how often a loop runs unrolls it
-    /// whole, and then takes seconds.
-    pub(crate) head_dim: u32,
-    pub(crate) value_dim: u32,
-    /// Position of the first query: key length - query length.
-    pub(crate) first_position: i32,
-    pub(crate) window: i32,
-    pub(crate) sinks: i32,
-    /// Items of one reach, at most.
-    pub(crate) items: u32,
-    /// Units that share an item.
-    pub(crate) parts: u32,
-    /// The reach whose lists are computed.
-    pub(crate) reach: u32,
-    /// Batch x kv heads.
-    pub(crate) lists: u32,
-    pub(crate) scale: f32,
-    pub(crate) softcap: f32,
-    /// Not every shader language can write these two as literals.
-    pub(crate) neg_inf: f32,
-    pub(crate) nan: f32,
-}
-
-/// Where the keys and values of a tile begin, and how far apart they are, in elements.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Keys {
-    key: usize,
-    value: usize,
-    key_stride: usize,
-    value_stride: usize,
-}
+use super::{
+    Blueprint,
+    numbers::{Numbers, Strides, offset},
+    tile::{KeyRanges, Keys, all_see, bounds_at, gather, key_ranges, keys_of, rows_of, sees, slot_of},
+};
+use crate::visibility::Bounds;
 
 /// The running state of the online softmax of one tile.
 #[derive(CubeType)]
@@ -76,39 +28,6 @@ struct Tile<R: Size> {
     /// The bounds of each row; all first keys are 0 unless the batch is ragged.
     firsts: Vector<i32, R>,
     positions: Vector<i32, R>,
-}
-
-#[cube]
-fn sees<R: Size>(
-    firsts: Vector<i32, R>,
-    positions: Vector<i32, R>,
-    key: i32,
-    numbers: &Numbers,
-    #[comptime] blueprint: Blueprint,
-) -> Vector<bool, R> {
-    let key = Vector::<i32, R>::new(key);
-    let past = key.less_equal(&positions);
-    let sinks = Vector::<i32, R>::new(numbers.sinks);
-    let ragged = comptime![blueprint.ragged];
-    let causal = if ragged { past.vec_and(key.greater_equal(&firsts)) } else { past };
-    let sinks_end = if ragged { firsts + sinks } else { sinks };
-    match blueprint.visibility {
-        Visibility::All | Visibility::NonCausal => causal,
-        Visibility::Window => {
-            let start = positions - Vector::new(numbers.window);
-            causal.vec_and(key.greater_than(&start))
-        }
-        Visibility::SinksAndWindow => {
-            let start = positions - Vector::new(numbers.window);
-            let near = key.greater_than(&start);
-            causal.vec_and(near.or(key.less_than(&sinks_end)))
-        }
-        Visibility::Far => {
-            let end = positions - Vector::new(numbers.window);
-            let past = key.less_equal(&end);
-            past.vec_and(key.greater_equal(&sinks_end))
-        }
-    }
 }
 
 /// The scores of `key_block` keys from `first` on, for every row of the tile. Keys at `end` and beyond read the last
@@ -138,7 +57,7 @@ fn score<E: Float, R: Size>(
         let q = if comptime![blueprint.staged] {
             tile.query[d]
         } else {
-            gather::<E, R>(&tile.query_offsets, query, d, numbers, blueprint)
+            scaled::<E, R>(&tile.query_offsets, query, d, numbers, blueprint)
         };
         #[unroll]
         for x in 0..key_block {
@@ -155,7 +74,7 @@ fn score<E: Float, R: Size>(
             scores[x] = cap * (scores[x] / cap).tanh();
         }
         if comptime![masked] {
-            let seen = sees::<R>(tile.firsts, tile.positions, j, numbers, blueprint);
+            let seen = sees::<R>(tile.firsts, tile.positions, Vector::new(j), numbers, blueprint.sight);
             scores[x] = select_many(seen, scores[x], hidden);
         }
         scores[x] = select(j < end, scores[x], hidden);
@@ -163,21 +82,16 @@ fn score<E: Float, R: Size>(
     scores
 }
 
-/// Dimension `d` of the scaled queries that begin at `offsets`, one lane per row.
+/// Dimension `d` of the scaled queries, one lane per row.
 #[cube]
-fn gather<E: Float, R: Size>(
+fn scaled<E: Float, R: Size>(
     offsets: &Array<usize>,
     query: &[E],
     d: usize,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) -> Vector<f32, R> {
-    let mut across = Vector::<f32, R>::new(0.0f32);
-    #[unroll]
-    for lane in 0..blueprint.lanes {
-        across.insert(lane, f32::cast_from(query[offsets[lane] + d]) * numbers.scale);
-    }
-    across
+    gather::<E, R>(offsets, query, d, blueprint.lanes) * Vector::new(numbers.scale)
 }
 
 /// Moves the running maximum up to `maximum` and returns what weights are relative to, and by how much what was
@@ -247,7 +161,7 @@ fn fold_chunk<E: Float, R: Size>(
             let row = keys.value + (first as usize + j) * keys.value_stride + d;
             if comptime![masked] {
                 let j = first + j as i32;
-                let seen = sees::<R>(tile.firsts, tile.positions, j, numbers, blueprint);
+                let seen = sees::<R>(tile.firsts, tile.positions, Vector::new(j), numbers, blueprint.sight);
                 #[unroll]
                 for x in 0..dim_block {
                     let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
@@ -306,7 +220,13 @@ fn fold_block<E: Float, R: Size>(
         #[unroll]
         for x in 0..key_block {
             let j = first + comptime![x as i32];
-            let seen = sees::<R>(tile.firsts, tile.positions, min(j, end - 1), numbers, blueprint);
+            let seen = sees::<R>(
+                tile.firsts,
+                tile.positions,
+                Vector::new(min(j, end - 1)),
+                numbers,
+                blueprint.sight,
+            );
             let v = Vector::<f32, R>::new(f32::cast_from(value[rows[x] + d]));
             let sum = select_many(seen, fma(weights[x], v, acc), acc);
             acc = select(j < end, sum, acc);
@@ -315,8 +235,7 @@ fn fold_block<E: Float, R: Size>(
     }
 }
 
-/// Folds the keys `sinks_begin..sinks_end` and `begin..end` into the tile, chunk by chunk; chunks that every row sees
-/// whole skip the mask.
+/// Folds keys into the tile, chunk by chunk; chunks that every row sees whole skip the mask.
 #[cube]
 fn fold<E: Float, R: Size>(
     tile: &mut Tile<R>,
@@ -324,37 +243,17 @@ fn fold<E: Float, R: Size>(
     key: &[E],
     value: &[E],
     keys: &Keys,
-    sinks_begin: i32,
-    sinks_end: i32,
-    begin: i32,
-    end: i32,
+    ranges: &KeyRanges,
+    lowest: Bounds,
+    highest: Bounds,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
-    let first_position = tile.positions.extract(0usize);
-    let last_position = tile.positions.extract(comptime![blueprint.lanes - 1]);
-    // Every row's sequence has begun, and no row's has ended, between these two.
-    let last_first = tile.firsts.extract(comptime![blueprint.lanes - 1]);
-    let sinks_seen = tile.firsts.extract(0usize) + numbers.sinks;
-    let mut at = select(sinks_end > sinks_begin, sinks_begin, begin);
-    while at < end {
-        let range_end = select(at < sinks_end, sinks_end, end);
-        let next = min(at + comptime![blueprint.chunk as i32], range_end);
+    let mut at = ranges.start();
+    while at < ranges.end {
+        let next = ranges.until(at, blueprint.chunk);
         if comptime![blueprint.staged] {
-            let mut unmasked = match blueprint.visibility {
-                Visibility::All | Visibility::NonCausal => next <= first_position + 1,
-                Visibility::Window => next <= first_position + 1 && at > last_position - numbers.window,
-                Visibility::SinksAndWindow => {
-                    next <= first_position + 1 && (next <= sinks_seen || at > last_position - numbers.window)
-                }
-                Visibility::Far => next <= first_position - numbers.window + 1,
-            };
-            if comptime![blueprint.ragged && blueprint.visibility == Visibility::Far] {
-                unmasked = unmasked && at >= last_first + numbers.sinks;
-            } else if comptime![blueprint.ragged] {
-                unmasked = unmasked && at >= last_first;
-            }
-            if unmasked {
+            if all_see(lowest, highest, at, next - 1, numbers, blueprint.sight) {
                 fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, false, blueprint);
             } else {
                 fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, true, blueprint);
@@ -362,13 +261,13 @@ fn fold<E: Float, R: Size>(
         } else {
             fold_block::<E, R>(tile, query, key, value, keys, at, next, numbers, blueprint);
         }
-        at = select(next == sinks_end, begin, next);
+        at = ranges.after(next);
     }
 }
 
 /// One unit, one part of an item: up to `lanes` rows of one kv head, packed over its query heads.
 #[cube(launch_unchecked)]
-pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
+pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
     query: &[E],
     key: &[E],
     value: &[E],
@@ -389,66 +288,17 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     #[define(R)] _lanes: usize,
 ) {
     let lanes = comptime![blueprint.lanes];
-    let packed = numbers.query_len * numbers.group;
-    let mut count = numbers.items;
-    if comptime![blueprint.routed] {
-        count = item_counts[numbers.reach as usize];
-    }
-    let slot = ABSOLUTE_POS as u32 / numbers.parts;
-    if slot >= count {
+    let slot = slot_of(items, item_counts, &numbers, blueprint.sight, lanes);
+    if slot.count == 0u32 {
         terminate!();
     }
-
-    let tiles = packed.div_ceil(comptime![lanes as u32]);
-    let mut kv_head = slot / tiles;
-    let mut first_row = (slot % tiles) * comptime![lanes as u32];
-    let mut row_count = min(packed - first_row, comptime![lanes as u32]);
-    if comptime![blueprint.routed] {
-        let item = (numbers.reach * numbers.items + slot) as usize;
-        let before = (ABSOLUTE_POS as u32 % numbers.parts) * comptime![lanes as u32];
-        let rows_in_item = items[item * 3 + 2];
-        if before >= rows_in_item {
-            terminate!();
-        }
-        kv_head = items[item * 3];
-        first_row = items[item * 3 + 1] + before;
-        row_count = min(rows_in_item - before, comptime![lanes as u32]);
-    }
-    let batch = kv_head / numbers.kv_heads;
-    let kv_head_in_batch = kv_head % numbers.kv_heads;
-
-    // Which rows: an item that is not full repeats its last row in the lanes that are left.
-    let mut tokens = Array::<u32>::new(lanes);
-    let mut heads = Array::<u32>::new(lanes);
-    let mut invalid = Array::<bool>::new(lanes);
+    let tile_rows = rows_of::<R>(&slot, rows, sequences, &numbers, blueprint.sight, lanes);
+    let batch = tile_rows.batch;
+    let kv_head = tile_rows.kv_head;
     let mut query_offsets = Array::<usize>::new(lanes);
-    let mut firsts = Vector::<i32, R>::new(0i32);
-    let mut positions = Vector::<i32, R>::new(0i32);
     #[unroll]
     for lane in 0..lanes {
-        let entry = first_row + min(comptime![lane as u32], row_count - 1);
-        let mut row = entry;
-        if comptime![blueprint.routed] {
-            row = rows[((numbers.reach * numbers.lists + kv_head) * packed + entry) as usize];
-        }
-        invalid[lane] = row >= INVALID_ROW;
-        let row = row % INVALID_ROW;
-        let token = row / numbers.group;
-        let head = kv_head_in_batch * numbers.group + row % numbers.group;
-        tokens[lane] = token;
-        heads[lane] = head;
-        query_offsets[lane] =
-            (batch * query_strides.batch + head * query_strides.head + token * query_strides.token) as usize;
-        let bounds = bounds_of(
-            token,
-            numbers.query_len,
-            numbers.first_position,
-            sequences,
-            blueprint.visibility,
-            blueprint.ragged,
-        );
-        firsts.insert(lane, bounds.first);
-        positions.insert(lane, bounds.position);
+        query_offsets[lane] = offset(&query_strides, batch, tile_rows.heads[lane], tile_rows.tokens[lane]);
     }
 
     let staged = comptime![blueprint.staged];
@@ -459,12 +309,12 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         weights: Array::new(comptime![if staged { blueprint.chunk } else { 1 }]),
         maximum: Array::new(1usize),
         sum: Array::new(1usize),
-        firsts,
-        positions,
+        firsts: tile_rows.firsts,
+        positions: tile_rows.positions,
     };
     if staged {
         for d in 0..numbers.head_dim as usize {
-            tile.query[d] = gather::<E, R>(&tile.query_offsets, query, d, &numbers, blueprint);
+            tile.query[d] = scaled::<E, R>(&tile.query_offsets, query, d, &numbers, blueprint);
         }
     }
     if comptime![blueprint.sink_logits] {
@@ -472,7 +322,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         let mut sink = Vector::<f32, R>::new(0.0f32);
         #[unroll]
         for lane in 0..lanes {
-            sink.insert(lane, sink_logits[heads[lane] as usize]);
+            sink.insert(lane, sink_logits[tile_rows.heads[lane] as usize]);
         }
         let absent = sink.equal(&Vector::new(numbers.neg_inf));
         tile.maximum[0] = sink;
@@ -482,40 +332,11 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
         tile.sum[0] = Vector::new(0.0f32);
     }
 
-    // Which keys: one range, or two where sinks and window are apart. Bounds ascend, so those of the first and the last
-    // row enclose what the rows between them see, across sequences too.
-    let first_key = tile.firsts.extract(0usize);
-    let first_position = tile.positions.extract(0usize);
-    let last_position = tile.positions.extract(comptime![lanes - 1]);
-    // Assigned under a condition, so that compilers keep the two as values: left as expressions, their divisions are
-    // computed again for every key and dimension (half of the time on the CPU runtime).
-    let mut key_base = 0u32;
-    let mut value_base = 0u32;
-    if row_count > 0u32 {
-        key_base = batch * key_strides.batch + kv_head_in_batch * key_strides.head;
-        value_base = batch * value_strides.batch + kv_head_in_batch * value_strides.head;
-    }
-    let keys = Keys {
-        key: key_base as usize,
-        value: value_base as usize,
-        key_stride: key_strides.token as usize,
-        value_stride: value_strides.token as usize,
-    };
-    let mut sinks_end = first_key;
-    let mut begin = first_key;
-    let mut end = last_position + 1;
-    if comptime![blueprint.visibility == Visibility::Far] {
-        begin = first_key + numbers.sinks;
-        end = last_position - numbers.window + 1;
-    }
-    if comptime![blueprint.visibility == Visibility::Window] {
-        begin = max(first_position - numbers.window + 1, first_key);
-    }
-    if comptime![blueprint.visibility == Visibility::SinksAndWindow] {
-        sinks_end = max(min(first_key + numbers.sinks, end), first_key);
-        begin = max(first_position - numbers.window + 1, sinks_end);
-    }
-    fold::<E, R>(&mut tile, query, key, value, &keys, first_key, sinks_end, begin, end, &numbers, blueprint);
+    let keys = keys_of(batch, kv_head, &key_strides, &value_strides, &numbers);
+    let lowest = bounds_at::<R>(tile.firsts, tile.positions, 0usize);
+    let highest = bounds_at::<R>(tile.firsts, tile.positions, comptime![lanes - 1]);
+    let ranges = key_ranges(lowest, highest, &numbers, blueprint.sight.visibility);
+    fold::<E, R>(&mut tile, query, key, value, &keys, &ranges, lowest, highest, &numbers, blueprint);
 
     // A row without keys has sum 0: its output is 0 and its log-sum-exp -inf.
     let sum = tile.sum[0];
@@ -526,21 +347,20 @@ pub(crate) fn attend_kernel<E: Float, O: Float, R: Size>(
     let mut out_offsets = Array::<usize>::new(lanes);
     #[unroll]
     for lane in 0..lanes {
-        let token = tokens[lane];
-        let head = heads[lane];
-        out_offsets[lane] =
-            (batch * out_strides.batch + head * out_strides.head + token * out_strides.token) as usize;
-        if comptime![lane as u32] < row_count {
+        let token = tile_rows.tokens[lane];
+        let head = tile_rows.heads[lane];
+        out_offsets[lane] = offset(&out_strides, batch, head, token);
+        if comptime![lane as u32] < slot.count {
             let row = (batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
-            lse[row as usize] = select(invalid[lane], numbers.nan, log_sum_exp.extract(lane));
+            lse[row as usize] = select(tile_rows.invalid[lane], numbers.nan, log_sum_exp.extract(lane));
         }
     }
     for d in 0..numbers.value_dim as usize {
         let across = tile.out[d] * norm;
         #[unroll]
         for lane in 0..lanes {
-            if comptime![lane as u32] < row_count {
-                let x = select(invalid[lane], numbers.nan, across.extract(lane));
+            if comptime![lane as u32] < slot.count {
+                let x = select(tile_rows.invalid[lane], numbers.nan, across.extract(lane));
                 out[out_offsets[lane] + d] = O::cast_from(x);
             }
         }

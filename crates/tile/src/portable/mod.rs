@@ -1,7 +1,10 @@
 //! The routine for every runtime: plain vector arithmetic, one unit per tile of rows.
 
+pub(crate) mod backward;
 mod blueprint;
 mod kernel;
+mod numbers;
+mod tile;
 
 use bifocal_core::{
     DeviceProfile, Problem, Refusal,
@@ -12,10 +15,14 @@ use bifocal_core::{
 };
 use cubecl::client::Client;
 
-use self::kernel::{NumbersLaunch, attend_kernel};
+use self::{
+    blueprint::Blueprint,
+    kernel::attend_kernel,
+    numbers::{numbers, parts},
+};
 pub(crate) use self::{
-    blueprint::{Blueprint, lanes},
-    kernel::{INVALID_ROW, Strides, StridesLaunch},
+    blueprint::lanes,
+    numbers::{Strides, strides},
 };
 use crate::engine::Work;
 
@@ -45,27 +52,7 @@ pub(crate) fn launch(
 ) {
     let blueprint = Blueprint::new(problem, profile, work, inputs.sink_logits.is_some());
     let lanes = lanes(profile);
-    // An item of a plan may be larger than what a unit computes: it then has several parts.
-    let parts = work.item_rows.div_ceil(lanes);
-    let (cubes, units) = grid(client, work.max_items * parts as usize);
-    let numbers = NumbersLaunch::new(
-        problem.kv_heads as u32,
-        problem.group() as u32,
-        problem.query_len as u32,
-        problem.head_dim as u32,
-        problem.value_dim as u32,
-        (problem.key_len as i64 - problem.query_len as i64) as i32,
-        work.window,
-        work.sinks,
-        work.max_items as u32,
-        parts,
-        work.reach,
-        (problem.batch * problem.kv_heads) as u32,
-        problem.scale,
-        problem.softcap.unwrap_or(1.0),
-        f32::NEG_INFINITY,
-        f32::NAN,
-    );
+    let (cubes, units) = grid(client, work.max_items * parts(work, lanes) as usize);
     let types = [problem.element.into(), partial.out.element().into()];
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape.
@@ -91,14 +78,10 @@ pub(crate) fn launch(
             strides(inputs.key.strides()),
             strides(inputs.value.strides()),
             strides(partial.out.strides()),
-            numbers,
+            numbers(problem, work, lanes),
             blueprint,
             types,
             blueprint.lanes,
         );
     }
-}
-
-pub(crate) fn strides(strides: [usize; 4]) -> StridesLaunch {
-    StridesLaunch::new(strides[0] as u32, strides[1] as u32, strides[2] as u32)
 }

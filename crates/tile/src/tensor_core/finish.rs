@@ -8,7 +8,7 @@ use super::{
     ptx,
     softmax::{Softmax, row_sum, squash},
 };
-use crate::portable::{INVALID_ROW, Strides};
+use crate::{portable::Strides, rows::INVALID_ROW};
 
 /// One row as the computing threads know it at the end.
 #[derive(CubeType, Clone, Copy)]

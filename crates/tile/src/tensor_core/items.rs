@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{Blueprint, Numbers};
 use crate::{
-    portable::INVALID_ROW,
+    rows::INVALID_ROW,
     visibility::{Bounds, Visibility, bounds_of},
 };
 

@@ -9,7 +9,8 @@ use super::{
     stage_of, tickets,
 };
 use crate::{
-    portable::{INVALID_ROW, Strides},
+    portable::Strides,
+    rows::INVALID_ROW,
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{finish, redo_odd},

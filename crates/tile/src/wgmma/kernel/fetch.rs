@@ -13,7 +13,8 @@ use super::{
     tickets::{Tickets, dealt, leave},
 };
 use crate::{
-    portable::{INVALID_ROW, Strides},
+    portable::Strides,
+    rows::INVALID_ROW,
     tensor_core::{
         Blueprint, Numbers, PANEL, SWIZZLE,
         items::{Item, bounds_of_row, item_of, row_at, tile_start},

@@ -1,0 +1,171 @@
+//! Attention systems: which branch computes which rows, forward and backward.
+
+use bifocal::{
+    AttentionOperator, DeviceProfile, Error, Full, Gradients, Inputs, NonCausal, Partial, Plan, Problem,
+    Result, Routes, Rows, Saved, Tensor, Windowed, cubecl::client::Client, mask, select,
+};
+
+use crate::Training;
+
+/// An attention operator as a value, so that a backward pass can hold on to it.
+#[derive(Clone, Copy, Debug)]
+pub(crate) enum Branch {
+    Windowed(Windowed),
+    Full,
+    NonCausal,
+}
+
+impl Branch {
+    fn operator(&self) -> &dyn AttentionOperator {
+        match self {
+            Branch::Windowed(windowed) => windowed,
+            Branch::Full => &Full,
+            Branch::NonCausal => &NonCausal,
+        }
+    }
+}
+
+/// One branch for every row, or a branch per reach for the rows routed to it.
+#[derive(Clone, Debug)]
+pub(crate) struct System {
+    /// By reach. Either all reaches have one, or the last alone (L2A), and then the rows of the others are zero.
+    branches: Vec<Option<Branch>>,
+    routed: Option<(Routes, Plan)>,
+}
+
+/// By reach, what its branch gives for every row, as far as it was computed; `None` for a branch that gives zero.
+pub(crate) type Outs = Vec<Option<Tensor<4>>>;
+
+impl System {
+    pub(crate) fn dense(branch: Branch) -> Self {
+        Self { branches: vec![Some(branch)], routed: None }
+    }
+
+    pub(crate) fn routed(
+        client: &Client,
+        problem: &Problem,
+        routes: &Routes,
+        branches: Vec<Option<Branch>>,
+    ) -> Result<Self> {
+        let reaches = routes.geometry().reaches;
+        if reaches != branches.len() {
+            return Err(Error::option("reaches of the routes", reaches, branches.len().to_string()));
+        }
+        let plan = bifocal::plan(client, problem, routes)?;
+        Ok(Self { branches, routed: Some((routes.clone(), plan)) })
+    }
+
+    /// Computes every row once, or clears it.
+    pub(crate) fn attend(&self, client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Result<Partial> {
+        let partial = match self.leaves_rows() {
+            true => self.cleared(client, problem)?,
+            false => room(client, problem, inputs),
+        };
+        for (branch, rows) in self.parts()? {
+            branch.attend(client, problem, inputs, rows, &partial)?;
+        }
+        Ok(partial)
+    }
+
+    /// [`attend`](Self::attend), and what the scores of the routes need for their gradient.
+    pub(crate) fn attend_every(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        training: Training,
+    ) -> Result<(Partial, Outs)> {
+        let Some((routes, plan)) = &self.routed else {
+            return Ok((self.attend(client, problem, inputs)?, Vec::new()));
+        };
+        let partial = self.cleared(client, problem)?;
+        let last = self.branches.len() - 1;
+        let mut outs = Vec::with_capacity(self.branches.len());
+        for (reach, branch) in self.branches.iter().enumerate() {
+            let Some(branch) = branch.as_ref().map(Branch::operator) else {
+                outs.push(None);
+                continue;
+            };
+            if training == Training::Sparse && reach == last {
+                // Where it was not computed, the row has what its own branch gives.
+                branch.attend(client, problem, inputs, plan.far_rows()?, &partial)?;
+                outs.push(Some(partial.out.clone()));
+            } else {
+                let every = Partial::empty(client, problem, problem.element);
+                branch.attend(client, problem, inputs, Rows::All, &every)?;
+                select(client, problem, routes, reach, &every, &partial)?;
+                outs.push(Some(every.out));
+            }
+        }
+        Ok((partial, outs))
+    }
+
+    /// Adds the gradients of every row, each by its own branch.
+    pub(crate) fn backward(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        saved: &Saved<'_>,
+        gradients: &Gradients,
+    ) -> Result<()> {
+        for (branch, rows) in self.parts()? {
+            branch.backward(client, problem, inputs, rows, saved, gradients)?;
+        }
+        Ok(())
+    }
+
+    /// Checks that the device can run the backward pass: when that runs, it is too late for an error.
+    ///
+    /// # Errors
+    /// [`Error::Refused`].
+    pub(crate) fn check_backward(&self, client: &Client, problem: &Problem) -> Result<()> {
+        let profile = DeviceProfile::of(client);
+        for (branch, _) in self.parts()? {
+            branch.choose_backward(problem, &profile)?;
+        }
+        Ok(())
+    }
+
+    /// The branches that there are, each with its rows.
+    fn parts(&self) -> Result<Vec<(&dyn AttentionOperator, Rows<'_>)>> {
+        let mut parts = Vec::with_capacity(self.branches.len());
+        for (reach, branch) in self.branches.iter().enumerate() {
+            let Some(branch) = branch else { continue };
+            let rows = match &self.routed {
+                Some((_, plan)) => plan.rows(reach)?,
+                None => Rows::All,
+            };
+            parts.push((branch.operator(), rows));
+        }
+        Ok(parts)
+    }
+
+    fn leaves_rows(&self) -> bool {
+        self.branches.iter().any(Option::is_none)
+    }
+
+    /// Contiguous room for the result, zero on the rows of reaches without a branch.
+    fn cleared(&self, client: &Client, problem: &Problem) -> Result<Partial> {
+        let partial = Partial::empty(client, problem, problem.element);
+        if let Some((routes, _)) = &self.routed
+            && self.leaves_rows()
+        {
+            mask(client, problem, routes, self.branches.len() - 1, &partial)?;
+        }
+        Ok(partial)
+    }
+}
+
+/// Room for the result, its heads and tokens in the order that the query has them in memory.
+fn room(client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Partial {
+    let mut partial = Partial::empty(client, problem, problem.element);
+    let [_, by_head, by_token, _] = inputs.query.strides();
+    if by_head < by_token && by_head != 0 {
+        let [_, heads, tokens, dim] = problem.out_shape();
+        let strides = [tokens * heads * dim, dim, heads * dim, 1];
+        let handle = partial.out.into_handle();
+        partial.out = Tensor::new(handle, problem.element, problem.out_shape(), strides);
+    }
+    partial
+}
