@@ -323,8 +323,12 @@ mod tests {
     }
 
     #[rstest]
+    #[case(1, None)]
+    #[case(2, Some(0.1))]
+    #[case(4, Some(-0.1))]
     fn aha_layers(
-        #[values((1, None), (2, Some(0.1)), (4, Some(-0.1)))] (router_heads, bias): (usize, Option<f64>),
+        #[case] router_heads: usize,
+        #[case] bias: Option<f64>,
         #[values(Training::Exact, Training::Sparse)] training: Training,
     ) {
         let layer = aha(router_heads, bias);
