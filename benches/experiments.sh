@@ -23,7 +23,8 @@ run() {
     "$BIFOCAL" train --resume --out "$folder"
     return
   fi
-  # MORE is a list of options. shellcheck disable=SC2086
+  # MORE is a list of options.
+  # shellcheck disable=SC2086
   "$BIFOCAL" train --device "$DEVICE" --precision "$PRECISION" --out "$folder" --seed "$2" --steps "$STEPS" \
     "${SIZE[@]}" "${@:3}" ${MORE:-} --text "${TEXT[@]}"
 }
