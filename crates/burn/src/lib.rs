@@ -5,7 +5,7 @@
 //! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
 //! [`multi_window_attention`] and [`global_attention`].
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
-//! [`L2aAttention`].
+//! [`L2aAttention`]; [`CausalAttention`] has no router.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -78,8 +78,8 @@ pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
 };
 pub use modules::{
-    AhaAttention, AhaAttentionConfig, AttentionOutput, L2aAttention, L2aAttentionConfig,
-    MultiWindowAttention, MultiWindowAttentionConfig, Projections, RopeConfig,
+    AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
+    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, RopeConfig,
 };
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};

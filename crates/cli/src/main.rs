@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -7,13 +7,19 @@ mod compare;
 mod demo;
 mod doctor;
 mod output;
+mod plot;
+mod report;
 mod shape;
 mod timings;
+mod train;
 mod warm;
 
 use std::{path::PathBuf, process::ExitCode};
 
+use anyhow::Result;
+use burn::tensor::{Device, DeviceKind};
 use clap::{Parser, Subcommand, ValueEnum};
+use serde::{Deserialize, Serialize};
 
 /// Near vision and far vision in one lens: routed attention on any device.
 #[derive(Parser)]
@@ -32,6 +38,10 @@ enum Command {
     Doctor(doctor::Options),
     /// Run a small decoder with AHA layers over real text and check it against the oracle.
     Demo(demo::Options),
+    /// Train a small decoder on text, with routers that learn when to look far.
+    Train(train::Options),
+    /// Show what training runs have measured, as a table and as plots.
+    Report(report::Options),
     /// Check every property of the operators on a device.
     Check(check::Options),
     /// Compile the kernels of a model's shapes, so that later runs only load them.
@@ -43,7 +53,8 @@ enum Command {
 }
 
 /// Where kernels run.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 enum DeviceName {
     /// The embedded CPU runtime: every core, no driver.
     Cpu,
@@ -63,6 +74,17 @@ impl DeviceName {
             DeviceName::Cuda => "cuda",
         }
     }
+
+    /// Burn's device: Flex for `cpu`. Asking Bifocal first turns a device that is not there into an error rather than a
+    /// panic.
+    fn burn(self) -> Result<Device> {
+        bifocal::open(self.as_str())?;
+        Ok(match self {
+            DeviceName::Cpu => Device::flex(),
+            DeviceName::Wgpu => Device::wgpu(DeviceKind::DefaultDevice),
+            DeviceName::Cuda => Device::cuda(0),
+        })
+    }
 }
 
 fn main() -> ExitCode {
@@ -75,6 +97,8 @@ fn main() -> ExitCode {
     let done = cache::turn_on(kernel_cache.as_deref()).and_then(|()| match command {
         Command::Doctor(options) => doctor::run(&options),
         Command::Demo(options) => demo::run(&options),
+        Command::Train(options) => train::run(&options),
+        Command::Report(options) => report::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),
         Command::Bench(options) => bench::run(&options),
@@ -85,7 +109,10 @@ fn main() -> ExitCode {
         Err(error) => {
             // One line: the whole chain of causes.
             eprintln!("bifocal: {error:#}");
-            ExitCode::FAILURE
+            match error.is::<train::Interrupted>() {
+                true => ExitCode::from(train::Interrupted::EXIT_CODE),
+                false => ExitCode::FAILURE,
+            }
         }
     }
 }

@@ -94,3 +94,123 @@ fn bench_and_compare_understand_each_other() {
     let error = bifocal(folder.path(), &["compare", "out.md"]).unwrap_err();
     assert!(error.contains("out.md is not what a benchmark writes"), "{error}");
 }
+
+/// A text and the settings of a tiny run on it.
+fn tiny_run(folder: &Path) {
+    std::fs::write(folder.join("text.md"), "near vision and far vision in one lens. ".repeat(60)).unwrap();
+    let settings = r#"{
+        "model": { "layers": 1, "d_model": 16, "heads": 2, "kv_heads": 1, "feed_forward": 16, "context": 16 },
+        "batch": 2, "warm_up": 2, "log_every": 1, "validate_every": 2
+    }"#;
+    std::fs::write(folder.join("tiny.json"), settings).unwrap();
+}
+
+/// Trains it, with options over its settings.
+fn train(folder: &Path, name: &str, more: &[&str]) -> Result<String, String> {
+    let train = ["train", "--text", "text.md", "--config", "tiny.json", "--out", name];
+    bifocal(folder, &[&train[..], more].concat())
+}
+
+#[test]
+fn runs_are_trained_resumed_and_reported() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    let aha = ["--attention", "aha", "--window", "4", "--steps", "4"];
+    let told = train(here, "aha", &aha).unwrap();
+    assert!(told.contains("2401 tokens in 1 documents; aha 4 on cpu"), "{told}");
+    train(here, "dense", &["--attention", "full", "--steps", "4"]).unwrap();
+    let several = ["--attention", "multi-window", "--window", "2,4", "--steps", "2"];
+    train(here, "several", &several).unwrap();
+
+    // A run is described by its folder, and goes on from there.
+    let again = bifocal(here, &["train", "--resume", "--out", "aha"]).unwrap();
+    assert!(again.contains("done: aha"), "{again}");
+    let error = bifocal(here, &["train", "--resume", "--out", "aha", "--steps", "9"]).unwrap_err();
+    assert!(error.contains("its steps is 4, expected 9"), "{error}");
+    let error = train(here, "aha", &aha).unwrap_err();
+    assert!(error.contains("aha holds a run already"), "{error}");
+
+    let report = ["report", "aha", "dense", "several", "--plot", "out.svg", "--markdown", "out.md"];
+    assert!(bifocal(here, &report).unwrap().contains("multi-window 2/4"));
+    let table = std::fs::read_to_string(here.join("out.md")).unwrap();
+    assert!(table.contains("| dense | full | 1 | 4 |"), "{table}");
+    let svg = std::fs::read_to_string(here.join("out.svg")).unwrap();
+    assert!(svg.contains("share of far over window"), "{svg}");
+    let found = json(here, &["report", "aha", "--json", "-", "--plot", "one.svg"]);
+    assert_eq!((&found[0]["run"], &found[0]["window"]), (&"aha".into(), &4.into()));
+    assert!(found[0]["far_share"].as_f64().is_some_and(|share| (0.0..=1.0).contains(&share)), "{found}");
+    assert!(std::fs::read_to_string(here.join("one.svg")).unwrap().contains("by layer and head"));
+
+    // The demo shows what the run has learned.
+    let shown = bifocal(here, &["demo", "--run", "aha", "--text", "text.md"]).unwrap();
+    assert!(shown.contains("The weights are those of aha, after 4 steps."), "{shown}");
+    let error = bifocal(here, &["demo", "--run", "dense", "--text", "text.md"]).unwrap_err();
+    assert!(error.contains("no AHA layer"), "{error}");
+
+    // A checkpoint that is cut off.
+    let checkpoint = here.join("aha").join("checkpoint");
+    let bytes = std::fs::read(&checkpoint).unwrap();
+    std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
+    let error = bifocal(here, &["train", "--resume", "--out", "aha"]).unwrap_err();
+    assert!(error.contains("checkpoint is cut off"), "{error}");
+}
+
+#[test]
+fn training_says_what_it_misses() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    let refused = |more: &[&str], text: &str| {
+        let error = train(here, "run", more).unwrap_err();
+        assert!(error.contains(text), "{error}");
+        assert!(!here.join("run").exists(), "nothing is left of a run that did not begin");
+    };
+    refused(&["--context", "5000"], "the training text has 2161 tokens");
+    refused(&["--attention", "aha"], "--window has 0 numbers, expected one for aha");
+    refused(&["--window", "4"], "--attention, which is not given");
+    refused(&["--attention", "random-gate", "--window", "4"], "random-gate needs --far-share");
+    refused(&["--attention", "aha,aha", "--window", "4"], "model.attention is a list of 2");
+    refused(&["--attention", "aha", "--window", "0"], "a window has 0 keys");
+    refused(&["--attention", "full", "--budget", "0.1"], "no layer has a gate");
+    refused(&["--learning-rate", "0"], "learning_rate is 0");
+    refused(&["--text", "missing.md"], "cannot read missing.md");
+    std::fs::write(here.join("settings.json"), r#"{ "step": 3 }"#).unwrap();
+    let strange = ["train", "--text", "text.md", "--config", "settings.json", "--out", "run"];
+    let error = bifocal(here, &strange).unwrap_err();
+    assert!(error.contains("settings.json holds no settings of a training"), "{error}");
+    let error = bifocal(here, &["train", "--resume", "--out", "run"]).unwrap_err();
+    assert!(error.contains("run holds no run"), "{error}");
+    let error = bifocal(here, &["report", "run"]).unwrap_err();
+    assert!(error.contains("run holds no run"), "{error}");
+}
+
+#[cfg(unix)]
+#[test]
+fn an_interrupted_run_is_saved() {
+    use std::{process::Stdio, time::Duration};
+
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    let arguments = "train --text text.md --config tiny.json --out run --steps 1000000";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bifocal"));
+    command.args(arguments.split_whitespace()).env("BIFOCAL_KERNEL_CACHE", "off").current_dir(here);
+    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let begun =
+        || std::fs::read_to_string(here.join("run/metrics.jsonl")).is_ok_and(|lines| lines.contains("loss"));
+    // It begins by compiling kernels.
+    for _ in 0..1200 {
+        if begun() {
+            break;
+        }
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    assert!(begun(), "no step within two minutes");
+    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    let error = String::from_utf8(output.stderr).unwrap();
+    assert_eq!(output.status.code(), Some(130), "{error}");
+    assert!(error.contains("interrupted after step") && error.contains("--resume --out run"), "{error}");
+    assert!(here.join("run/checkpoint").exists());
+}

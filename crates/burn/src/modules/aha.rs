@@ -1,4 +1,4 @@
-use bifocal::{Result, Window};
+use bifocal::{Result, Threshold, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -8,7 +8,7 @@ use burn::{
 
 use super::{
     AttentionOutput, Projections, RopeConfig,
-    parts::{Heads, finite, options, router},
+    parts::{Heads, finite, options, router, threshold},
 };
 use crate::{GateOptions, Training, aha_attention, linear_gate};
 
@@ -56,6 +56,9 @@ pub struct AhaAttentionConfig {
     /// What the router's bias starts from; no bias unless set, as in the AHA-OLMO2 checkpoint. AHNSA takes 4.0, so that
     /// training starts with (almost) every token looking far.
     pub router_bias_init: Option<f32>,
+    /// A token-head whose score is above this looks far; between 0 and 1.
+    #[config(default = 0.5)]
+    pub threshold: f32,
 }
 
 impl AhaAttentionConfig {
@@ -69,6 +72,7 @@ impl AhaAttentionConfig {
     pub fn init(&self, device: &Device) -> Result<AhaAttention> {
         Window::aha(self.window)?;
         options(self.softcap)?;
+        threshold(self.threshold)?;
         let heads = Heads::new(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim)?;
         let router_heads = heads.router_heads(self.n_router_heads)?;
         let bias = self.router_bias_init.map(finite).transpose()?;
@@ -79,13 +83,15 @@ impl AhaAttentionConfig {
             rope: heads.rope(self.rope.as_ref(), device)?,
             window: self.window,
             softcap: self.softcap,
+            threshold: self.threshold,
         })
     }
 }
 
 /// All-or-Here Attention (AHA, arXiv 2512.22562):
-/// `W_O [g a_full + (1 - g) a_window]` with `g = sigmoid(x W_r) > 0.5` per token and router head. Both branches share
-/// queries, keys, values and positions; the router reads the hidden states that the query projection reads.
+/// `W_O [g a_full + (1 - g) a_window]` with `g = sigmoid(x W_r) > threshold` (the paper's is 0.5) per token and router
+/// head. Both branches share queries, keys, values and positions; the router reads the hidden states that the query
+/// projection reads.
 ///
 /// Made by [`AhaAttentionConfig`].
 #[derive(Module, Debug)]
@@ -100,6 +106,8 @@ pub struct AhaAttention {
     pub window: usize,
     /// Softcap on the attention scores.
     pub softcap: Option<f32>,
+    /// A token-head whose score is above this looks far.
+    pub threshold: f32,
 }
 
 impl AhaAttention {
@@ -120,7 +128,8 @@ impl AhaAttention {
         let rope = self.rope.as_ref();
         self.projections.check(&hidden, rope)?;
         let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
-        let routing = linear_gate(hidden.clone(), weight, bias, GateOptions::aha())?;
+        let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
+        let routing = linear_gate(hidden.clone(), weight, bias, gate)?;
         let [query, key, value] = self.projections.project(hidden, rope);
         let options = options(self.softcap)?.with_training(training);
         let out = aha_attention(query, key, value, &routing, Window::aha(self.window)?, &options)?;

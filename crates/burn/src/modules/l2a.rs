@@ -1,4 +1,4 @@
-use bifocal::{Result, Window};
+use bifocal::{Result, Threshold, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -8,7 +8,7 @@ use burn::{
 
 use super::{
     AttentionOutput, Projections, RopeConfig,
-    parts::{Heads, options, positive, rms_norm, zero_router},
+    parts::{Heads, options, positive, rms_norm, threshold, zero_router},
 };
 use crate::{GateOptions, Training, global_attention, linear_gate, windowed_attention};
 
@@ -42,6 +42,9 @@ pub struct L2aAttentionConfig {
     /// What the router's logit is divided by.
     #[config(default = 0.1)]
     pub temperature: f32,
+    /// A token whose score is at least this attends globally; between 0 and 1.
+    #[config(default = 0.5)]
+    pub threshold: f32,
 }
 
 impl L2aAttentionConfig {
@@ -54,6 +57,7 @@ impl L2aAttentionConfig {
         Window::l2a(self.window)?;
         options(self.softcap)?;
         positive("temperature", self.temperature.into())?;
+        threshold(self.threshold)?;
         let heads = Heads::new(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim)?;
         let qk_norm = self.qk_norm.then_some(self.norm_epsilon);
         let norm = || rms_norm(self.d_model, self.norm_epsilon, device);
@@ -67,6 +71,7 @@ impl L2aAttentionConfig {
             window: self.window,
             softcap: self.softcap,
             temperature: self.temperature,
+            threshold: self.threshold,
         })
     }
 }
@@ -76,7 +81,7 @@ impl L2aAttentionConfig {
 ///
 /// ```text
 /// u1 = RMSNorm(x)     x1 = x + O_local window(u1)
-/// u2 = RMSNorm(x1)    x2 = x1 + O_global (g * full(u2)),   g = sigmoid(u2 w_r / temperature) >= 0.5
+/// u2 = RMSNorm(x1)    x2 = x1 + O_global (g * full(u2)),   g = sigmoid(u2 w_r / temperature) >= threshold
 /// ```
 ///
 /// The gate is one per token. Keys and values of the global sub-layer come from all tokens, also those whose gate
@@ -103,6 +108,8 @@ pub struct L2aAttention {
     pub softcap: Option<f32>,
     /// What the router's logit is divided by.
     pub temperature: f32,
+    /// A token whose score is at least this attends globally.
+    pub threshold: f32,
 }
 
 impl L2aAttention {
@@ -131,7 +138,9 @@ impl L2aAttention {
         let hidden = hidden + self.local.output(near);
 
         let normed = self.global_norm.forward(hidden.clone());
-        let gate = GateOptions::l2a().with_temperature(self.temperature);
+        let gate = GateOptions::l2a()
+            .with_temperature(self.temperature)
+            .with_threshold(Threshold::AtLeast(self.threshold));
         let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
         let routing = linear_gate(normed.clone(), weight, bias, gate)?;
         let [query, key, value] = self.global.project(normed, rope);

@@ -1,11 +1,13 @@
 //! Modules: the projections, norms, positions and routers around the tensor functions.
 
 mod aha;
+mod causal;
 mod l2a;
 mod multi_window;
 mod parts;
 
 pub use aha::{AhaAttention, AhaAttentionConfig};
+pub use causal::{CausalAttention, CausalAttentionConfig};
 pub use l2a::{L2aAttention, L2aAttentionConfig};
 pub use multi_window::{MultiWindowAttention, MultiWindowAttentionConfig};
 pub use parts::{Projections, RopeConfig};

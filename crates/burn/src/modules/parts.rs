@@ -62,8 +62,12 @@ impl Projections {
             Some(norm) => norm.forward(x),
             None => x,
         };
+        // In the element type of the table of positions: half precision would round the positions themselves.
         let rotate = |x: Tensor<4>| match rope {
-            Some(rope) => rope.forward(x),
+            Some(rope) => {
+                let dtype = x.dtype();
+                rope.forward(x.cast(rope.freq_complex.dtype())).cast(dtype)
+            }
             None => x,
         };
         let query = norm(&self.q_norm, split(&self.q_proj, self.n_heads));
@@ -229,6 +233,14 @@ pub(crate) fn finite(bias: f32) -> Result<f32> {
     match bias.is_finite() {
         true => Ok(bias),
         false => Err(Error::option("router_bias_init", bias, "a finite number")),
+    }
+}
+
+/// Checks that a gate's threshold can be passed and missed.
+pub(crate) fn threshold(threshold: f32) -> Result<f32> {
+    match threshold > 0.0 && threshold < 1.0 {
+        true => Ok(threshold),
+        false => Err(Error::option("threshold", threshold, "between 0 and 1")),
     }
 }
 

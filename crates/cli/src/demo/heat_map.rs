@@ -4,6 +4,7 @@ use anyhow::{Result, anyhow};
 use plotters::prelude::*;
 
 use super::measure::LayerReport;
+use crate::plot::shade;
 
 const CELL: (i32, i32) = (7, 9);
 const MARGIN: i32 = 24;
@@ -39,10 +40,8 @@ fn draw(
             for (bin, share) in bins.iter().enumerate() {
                 let x = MARGIN + bin as i32 * CELL.0;
                 let y = top + head as i32 * CELL.1;
-                // From the page's white to a dark blue.
-                let fade = |full: f64| (255.0 - share * (255.0 - full)) as u8;
-                let colour = RGBColor(fade(8.0), fade(48.0), fade(107.0));
-                area.draw(&Rectangle::new([(x, y), (x + CELL.0 - 1, y + CELL.1 - 1)], colour.filled()))?;
+                let cell = [(x, y), (x + CELL.0 - 1, y + CELL.1 - 1)];
+                area.draw(&Rectangle::new(cell, shade(*share).filled()))?;
             }
         }
     }

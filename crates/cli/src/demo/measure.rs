@@ -4,12 +4,10 @@ use std::time::Instant;
 
 use anyhow::{Result, anyhow};
 use bifocal::{Reach, Window};
-use bifocal_burn::{AttentionOptions, aha_attention, full_attention};
+use bifocal_burn::{AhaAttention, AttentionOptions, Routing, aha_attention, full_attention};
 use bifocal_reference::{Array, Options, attention_where};
 use burn::tensor::Tensor;
 use serde::Serialize;
-
-use super::decoder::{Attended, Layer};
 
 /// Bins along the sequence that the heat map has at most.
 const BINS: usize = 128;
@@ -34,8 +32,26 @@ impl LayerReport {
     }
 }
 
-pub(crate) fn layer(index: usize, layer: &Layer, attended: &Attended) -> Result<LayerReport> {
-    let window = Window::aha(layer.attention.window)?;
+/// What a layer's attention gave, with all that is needed to look at it closely.
+pub(crate) struct Attended {
+    pub(crate) output: Tensor<3>,
+    routing: Routing,
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+}
+
+impl Attended {
+    /// Of normed hidden states.
+    pub(crate) fn new(aha: &AhaAttention, hidden: Tensor<3>) -> Result<Self> {
+        let forward = aha.forward(hidden.clone())?;
+        let [query, key, value] = aha.projections.project(hidden, aha.rope.as_ref());
+        Ok(Self { output: forward.output, routing: forward.routing, query, key, value })
+    }
+}
+
+pub(crate) fn layer(index: usize, aha: &AhaAttention, attended: &Attended) -> Result<LayerReport> {
+    let window = Window::aha(aha.window)?;
     let options = AttentionOptions::default();
     let inputs = || (attended.query.clone(), attended.key.clone(), attended.value.clone());
     let routed = || {

@@ -1,19 +1,21 @@
 //! `bifocal demo`: a small decoder with AHA layers over real text, checked against the oracle.
 
-mod decoder;
 mod heat_map;
 mod measure;
 
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use burn::tensor::{Device, DeviceKind, Int, Tensor, TensorData};
+use bifocal_lm::{Attention, AttentionKind, CHECKPOINT, Checkpoint, Decoder, ModelConfig, Pass};
+use burn::{
+    module::Param,
+    tensor::{Device, Int, Tensor, TensorData},
+};
 use clap::Args;
 use serde::Serialize;
 
 use crate::{DeviceName, output};
-use decoder::{Decoder, Shape};
-use measure::LayerReport;
+use measure::{Attended, LayerReport};
 
 /// What the demo reads unless it is given a file: pages of Bifocal's own book.
 const BOOK: [&str; 4] = [
@@ -31,6 +33,9 @@ pub(crate) struct Options {
     /// How many tokens (bytes) of the text to read.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
     tokens: u32,
+    /// Show what the run in this folder has learned (`bifocal train`), in place of random weights.
+    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["window", "layers", "seed"])]
+    run: Option<PathBuf>,
     /// Keys in the near branch, the query's own included.
     #[arg(long, default_value_t = 64)]
     window: usize,
@@ -57,56 +62,55 @@ struct Report {
     text: String,
     tokens: usize,
     window: usize,
-    seed: u64,
     layers: Vec<LayerReport>,
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let (name, tokens) = tokenise(options)?;
-    let device = open(options.device)?;
-    device.seed(options.seed);
-    let shape = Shape::small(options.window, tokens.len(), usize::from(options.layers));
-    let decoder = Decoder::new(&shape, &device)?;
+    let (name, mut tokens) = tokenise(options)?;
+    let device = options.device.burn()?;
+    let (decoder, model, weights) = decoder(options, tokens.len(), &device)?;
+    let Some(window) = (0..model.layers).find_map(|index| match model.attention_of(index) {
+        AttentionKind::Aha { window } => Some(*window),
+        _ => None,
+    }) else {
+        bail!("the run has no AHA layer to show");
+    };
+    tokens.truncate(model.context);
     let quiet = options.json.as_deref() == Some(Path::new("-"));
     if !quiet {
         println!(
-            "{} tokens of {name}, one per byte; {} layers x {} heads ({} kv) x {}, window {}, seed {}",
+            "{} tokens of {name}, one per byte; {} layers x {} heads ({} kv) x {}, window {window}",
             tokens.len(),
-            shape.layers,
-            shape.heads,
-            shape.kv_heads,
-            shape.head_dim,
-            shape.window,
-            options.seed,
+            model.layers,
+            model.heads,
+            model.kv_heads,
+            model.d_model / model.heads,
         );
-        println!(
-            "The weights are random, not trained: routes show the mechanism, not what language needs.\n"
-        );
+        println!("{weights}\n");
     }
 
     let ids: Vec<i32> = tokens.iter().map(|&byte| i32::from(byte)).collect();
     let ids = Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens.len()]), &device);
-    let bar = output::progress(shape.layers);
+    let bar = output::progress(decoder.layers.len());
     let mut layers = Vec::new();
-    let mut hidden = decoder.embed(ids);
+    let mut hidden = decoder.embedding.forward(ids);
     for (index, layer) in decoder.layers.iter().enumerate() {
         bar.set_message(format!("layer {index}: attending, timing, comparing with the oracle"));
-        let attended = layer.attend(hidden.clone())?;
-        layers.push(measure::layer(index, layer, &attended)?);
-        hidden = layer.mix_channels(hidden + attended.output);
+        let attended = match &layer.attention {
+            Attention::Aha(aha) => {
+                let attended = Attended::new(aha, layer.normed(hidden.clone()))?;
+                layers.push(measure::layer(index, aha, &attended)?);
+                hidden + attended.output
+            }
+            _ => layer.attend(hidden, index, Pass::default())?.0,
+        };
+        hidden = layer.mix_channels(attended);
         bar.inc(1);
     }
     bar.finish_and_clear();
 
     output::write(&options.plot, heat_map::svg(&layers)?.as_bytes())?;
-    let report = Report {
-        device: options.device.as_str(),
-        text: name,
-        tokens: tokens.len(),
-        window: options.window,
-        seed: options.seed,
-        layers,
-    };
+    let report = Report { device: options.device.as_str(), text: name, tokens: tokens.len(), window, layers };
     if let Some(path) = &options.json {
         output::write_json(path, &report)?;
     }
@@ -143,14 +147,30 @@ fn tokenise(options: &Options) -> Result<(String, Vec<u8>)> {
     Ok((name, tokens))
 }
 
-/// Burn's device. Asking Bifocal first turns a device that is not there into an error rather than a panic.
-fn open(device: DeviceName) -> Result<Device> {
-    bifocal::open(device.as_str())?;
-    Ok(match device {
-        DeviceName::Cpu => Device::flex(),
-        DeviceName::Wgpu => Device::wgpu(DeviceKind::DefaultDevice),
-        DeviceName::Cuda => Device::cuda(0),
-    })
+/// The decoder that is shown: that of a run, or one with random weights. With what is to be said of its weights.
+fn decoder(options: &Options, tokens: usize, device: &Device) -> Result<(Decoder, ModelConfig, String)> {
+    if let Some(folder) = &options.run {
+        let checkpoint = Checkpoint::load(&folder.join(CHECKPOINT))?;
+        let model = checkpoint.config().model.clone();
+        let weights =
+            format!("The weights are those of {}, after {} steps.", folder.display(), checkpoint.step());
+        return Ok((checkpoint.decoder(device)?, model, weights));
+    }
+    // Eight heads of 64 over four kv heads: enough for routes to differ, small enough for two cores.
+    let mut model = ModelConfig::default();
+    (model.layers, model.d_model, model.feed_forward) = (usize::from(options.layers), 512, 1024);
+    model.context = tokens;
+    model.attention = vec![AttentionKind::Aha { window: options.window }];
+    let mut decoder = Decoder::new(&model, options.seed, device)?;
+    for (index, layer) in decoder.layers.iter_mut().enumerate() {
+        if let Attention::Aha(aha) = &mut layer.attention {
+            // Later layers look far less often, so that the picture shows more than one share.
+            let bias = Tensor::full([model.heads], -0.4 - 0.3 * index as f32, device);
+            aha.router.bias = Some(Param::from_tensor(bias));
+        }
+    }
+    let weights = "The weights are random, not trained: routes show the mechanism, not what language needs.";
+    Ok((decoder, model, weights.to_string()))
 }
 
 fn print(report: &Report, plot: &Path) {

@@ -1,0 +1,91 @@
+use bifocal::{Result, Window};
+use burn::{
+    config::Config,
+    module::Module,
+    nn::RotaryEncoding,
+    tensor::{Device, Tensor},
+};
+
+use super::{
+    Projections, RopeConfig,
+    parts::{Heads, options},
+};
+use crate::{full_attention, windowed_attention};
+
+/// Configuration of [`CausalAttention`].
+#[derive(Config, Debug, PartialEq)]
+pub struct CausalAttentionConfig {
+    /// Channels of the hidden states M.
+    pub d_model: usize,
+    /// Query heads H.
+    pub n_heads: usize,
+    /// How many keys a query sees, its own included; all up to its own unless set.
+    pub window: Option<usize>,
+    /// Key and value heads Hk, which H is a multiple of; H unless set.
+    pub n_kv_heads: Option<usize>,
+    /// Channels of a head D; M / H unless set.
+    pub head_dim: Option<usize>,
+    /// Rotary positions; none unless set.
+    pub rope: Option<RopeConfig>,
+    /// Softcap on the attention scores; none unless set.
+    pub softcap: Option<f32>,
+    /// Whether query, key and value projections have a bias.
+    #[config(default = false)]
+    pub bias: bool,
+    /// Whether the output projection has a bias.
+    #[config(default = false)]
+    pub output_bias: bool,
+}
+
+impl CausalAttentionConfig {
+    /// A module with Burn's default initialisation.
+    ///
+    /// # Errors
+    /// As [`AhaAttentionConfig::init`](crate::AhaAttentionConfig::init).
+    pub fn init(&self, device: &Device) -> Result<CausalAttention> {
+        self.window.map(Window::new).transpose()?;
+        options(self.softcap)?;
+        let heads = Heads::new(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim)?;
+        Ok(CausalAttention {
+            projections: heads.projections(self.bias, self.output_bias, None, device)?,
+            rope: heads.rope(self.rope.as_ref(), device)?,
+            window: self.window,
+            softcap: self.softcap,
+        })
+    }
+}
+
+/// Causal attention without a router, over a window or over everything: what routed layers stand beside in a static
+/// hybrid, and what they are compared with.
+///
+/// Made by [`CausalAttentionConfig`].
+#[derive(Module, Debug)]
+pub struct CausalAttention {
+    /// Query, key, value and output projections.
+    pub projections: Projections,
+    /// Positions of queries and keys.
+    pub rope: Option<RotaryEncoding>,
+    /// How many keys a query sees, its own included; all up to its own unless set.
+    pub window: Option<usize>,
+    /// Softcap on the attention scores.
+    pub softcap: Option<f32>,
+}
+
+impl CausalAttention {
+    /// Attends within hidden states `[B, T, M]`.
+    ///
+    /// # Errors
+    /// As [`windowed_attention`]; [`Error::TooLarge`](bifocal::Error::TooLarge) for more tokens than rotary positions
+    /// are tabulated for.
+    pub fn forward(&self, hidden: Tensor<3>) -> Result<Tensor<3>> {
+        let rope = self.rope.as_ref();
+        self.projections.check(&hidden, rope)?;
+        let [query, key, value] = self.projections.project(hidden, rope);
+        let options = options(self.softcap)?;
+        let out = match self.window {
+            Some(window) => windowed_attention(query, key, value, Window::new(window)?, &options)?,
+            None => full_attention(query, key, value, &options)?,
+        };
+        Ok(self.projections.output(out))
+    }
+}

@@ -1,0 +1,119 @@
+use bifocal::{RandomRouter, Window};
+use bifocal_burn::{
+    AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
+    CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
+    MultiWindowAttentionConfig, Projections, RopeConfig, Routing, aha_attention,
+};
+use burn::{
+    module::Module,
+    nn::RotaryEncoding,
+    tensor::{DType, Device, Int, Tensor, TensorData},
+};
+
+use crate::{AttentionKind, Error, ModelConfig, Result};
+
+/// A layer's attention.
+#[derive(Module, Debug)]
+// There are as many as layers; a box would be no module.
+#[allow(clippy::large_enum_variant)]
+pub enum Attention {
+    /// Full or window, for all tokens.
+    Causal(CausalAttention),
+    /// Window or full, by a learned gate.
+    Aha(AhaAttention),
+    /// One of several windows or full, by a learned choice.
+    MultiWindow(MultiWindowAttention),
+    /// A window, then full for some. Norms and residuals are inside.
+    L2a(L2aAttention),
+    /// Window or full, at random.
+    RandomGate(RandomGate),
+}
+
+impl Attention {
+    pub(super) fn new(kind: &AttentionKind, model: &ModelConfig, device: &Device) -> Result<Self> {
+        let &ModelConfig { d_model, heads, kv_heads, context, rope_theta, router_bias, .. } = model;
+        let kv_heads = Some(kv_heads);
+        let rope = Some(RopeConfig::new(context).with_theta(rope_theta));
+        let causal = |window| {
+            let config = CausalAttentionConfig::new(d_model, heads).with_window(window);
+            config.with_n_kv_heads(kv_heads).with_rope(rope.clone()).init(device)
+        };
+        Ok(match kind {
+            AttentionKind::Full => Self::Causal(causal(None)?),
+            AttentionKind::Window { window } => Self::Causal(causal(Some(*window))?),
+            AttentionKind::Aha { window } => {
+                let config = AhaAttentionConfig::new(d_model, heads, *window)
+                    .with_n_kv_heads(kv_heads)
+                    .with_rope(rope)
+                    .with_router_bias_init(router_bias);
+                Self::Aha(config.init(device)?)
+            }
+            AttentionKind::MultiWindow { windows } => {
+                let config = MultiWindowAttentionConfig::new(d_model, heads, windows.clone())
+                    .with_n_kv_heads(kv_heads)
+                    .with_rope(rope)
+                    .with_router_bias_init(router_bias);
+                Self::MultiWindow(config.init(device)?)
+            }
+            AttentionKind::L2a { window } => {
+                let config = L2aAttentionConfig::new(d_model, heads, *window);
+                Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::RandomGate { window, far_share } => {
+                // Checks the share.
+                RandomRouter::gate(heads, *far_share, 0)?;
+                let CausalAttention { projections, rope, .. } = causal(Some(*window))?;
+                Self::RandomGate(RandomGate { projections, rope, window: *window, far_share: *far_share })
+            }
+        })
+    }
+}
+
+/// AHA with routes drawn at random in place of its router.
+#[derive(Module, Debug)]
+pub struct RandomGate {
+    /// Query, key, value and output projections.
+    pub projections: Projections,
+    /// Positions of queries and keys.
+    pub rope: Option<RotaryEncoding>,
+    /// How many keys the near branch sees, the query's own included.
+    pub window: usize,
+    /// The share of token-heads that look far.
+    pub far_share: f64,
+}
+
+impl RandomGate {
+    /// Attends within hidden states `[B, T, M]`; the same `seed` draws the same routes.
+    ///
+    /// # Errors
+    /// As [`aha_attention`].
+    pub fn forward(&self, hidden: Tensor<3>, seed: u32) -> Result<AttentionOutput> {
+        let [batch, tokens, _] = hidden.dims();
+        let heads = self.projections.n_heads;
+        let router = RandomRouter::gate(heads, self.far_share, seed)?;
+        let rows = (batch * heads) as u32;
+        let routes: Vec<i32> = (0..rows)
+            .flat_map(|row| (0..tokens as u32).map(move |token| (row, token)))
+            .map(|(row, token)| i32::from(router.route_of(row, token)))
+            .collect();
+        let routes = TensorData::new(routes, [batch, heads, tokens]);
+        let device = hidden.device().inner();
+        let routing = Routing::from_routes(Tensor::<3, Int>::from_data(routes, (&device, DType::I32)), 2)?;
+        let [query, key, value] = self.projections.project(hidden, self.rope.as_ref());
+        let window = Window::aha(self.window)?;
+        let out = aha_attention(query, key, value, &routing, window, &AttentionOptions::default())?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+}
+
+/// What a router decided, read back: which token-heads look far.
+pub(crate) fn far(routing: &Routing) -> Result<Vec<bool>> {
+    let routes = routing.to_host()?;
+    let [batch, heads, tokens] = routing.shape();
+    let invalid = routes.iter().filter(|&&route| usize::from(route) >= routing.reaches()).count();
+    if invalid > 0 {
+        let error = bifocal::Error::InvalidScores { count: invalid, total: batch * heads * tokens };
+        return Err(Error::Attention(error));
+    }
+    Ok(routes.into_iter().map(|route| usize::from(route) + 1 == routing.reaches()).collect())
+}

@@ -1,0 +1,189 @@
+//! The decoder: embeddings, layers of attention and gated feed-forward, and the embeddings again as output.
+
+mod attention;
+mod path;
+mod start;
+
+pub(crate) use attention::far;
+pub use attention::{Attention, RandomGate};
+pub(crate) use path::Path;
+
+use bifocal_burn::{Routing, Training};
+use burn::{
+    module::Module,
+    nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig},
+    tensor::{DType, Device, Int, Tensor, activation::silu},
+};
+
+use crate::{
+    AttentionKind, ModelConfig, Result, VOCABULARY,
+    draws::{Draws, Purpose},
+};
+
+/// A small decoder language model over bytes: pre-norm layers with RMS norms (arXiv 1910.07467), rotary positions
+/// (arXiv 2104.09864), grouped kv heads (arXiv 2305.13245), SwiGLU (arXiv 2002.05202), and one matrix for both ends
+/// (arXiv 1608.05859).
+#[derive(Module, Debug)]
+pub struct Decoder {
+    /// `[vocabulary, M]`, the output's weights too.
+    pub embedding: Embedding,
+    /// The layers.
+    pub layers: Vec<Layer>,
+    /// Before the output.
+    pub norm: RmsNorm,
+}
+
+/// One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
+#[derive(Module, Debug)]
+pub struct Layer {
+    /// Before attention; none where attention brings its norms along (L2A).
+    pub attention_norm: Option<RmsNorm>,
+    /// Attention.
+    pub attention: Attention,
+    /// Before the feed-forward block.
+    pub feed_forward_norm: RmsNorm,
+    /// `[M, F]`, through the SiLU.
+    pub gate: Linear,
+    /// `[M, F]`.
+    pub up: Linear,
+    /// `[F, M]`.
+    pub down: Linear,
+}
+
+/// What differs from one pass to the next. Layers draw from the seed each on its own, so that a layer that is computed
+/// again draws the same.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Pass {
+    /// Where random gates and coins are drawn from.
+    pub seed: u64,
+    /// How likely a layer of L2A trains densely in this pass, for tokens that its gate leaves out as well.
+    pub leak: f64,
+}
+
+/// What a pass gives.
+#[derive(Clone, Debug)]
+pub struct Forward {
+    /// `[B, T, vocabulary]` in f32: what comes after each token.
+    pub logits: Tensor<3>,
+    /// What each layer's router decided; `None` for layers without one.
+    pub routings: Vec<Option<Routing>>,
+}
+
+impl Decoder {
+    /// A decoder with weights drawn from `seed`, in f32 on `device`.
+    ///
+    /// # Errors
+    /// [`Error::Setting`](crate::Error::Setting) and [`Error::Attention`](crate::Error::Attention) for sizes, windows and
+    /// shares that make no sense.
+    pub fn new(config: &ModelConfig, seed: u64, device: &Device) -> Result<Self> {
+        config.check()?;
+        let layers = (0..config.layers)
+            .map(|index| Layer::new(config.attention_of(index), config, device))
+            .collect::<Result<_>>()?;
+        let decoder = Self {
+            embedding: EmbeddingConfig::new(VOCABULARY, config.d_model).init(device),
+            layers,
+            norm: norm(config, device),
+        };
+        Ok(start::draw(decoder, seed))
+    }
+
+    /// What comes after each of `tokens` `[B, T]`, which are numbers below [`VOCABULARY`].
+    ///
+    /// # Errors
+    /// [`Error::Attention`](crate::Error::Attention), for more tokens than the context among others.
+    pub fn forward(&self, tokens: Tensor<2, Int>, pass: Pass) -> Result<Forward> {
+        let mut hidden = self.embedding.forward(tokens);
+        let mut routings = Vec::new();
+        for (index, layer) in self.layers.iter().enumerate() {
+            let (attended, routing) = layer.attend(hidden, index, pass)?;
+            hidden = layer.mix_channels(attended);
+            routings.push(routing);
+        }
+        let [batch, length, channels] = hidden.dims();
+        let rows = self.norm.forward(hidden).reshape([batch * length, channels]);
+        let logits = rows.matmul(self.embedding.weight.val().transpose());
+        let logits = logits.cast(DType::F32).reshape([batch, length, VOCABULARY]);
+        Ok(Forward { logits, routings })
+    }
+
+    /// The device that the weights are on, with autodiff or without.
+    pub fn device(&self) -> Device {
+        self.embedding.weight.lazy_device()
+    }
+
+    /// Sets the threshold of a layer's gate; layers without one have nothing to set.
+    pub(crate) fn set_threshold(&mut self, layer: usize, threshold: f64) {
+        match &mut self.layers[layer].attention {
+            Attention::Aha(aha) => aha.threshold = threshold as f32,
+            Attention::L2a(l2a) => l2a.threshold = threshold as f32,
+            _ => {}
+        }
+    }
+}
+
+impl Layer {
+    fn new(kind: &AttentionKind, config: &ModelConfig, device: &Device) -> Result<Self> {
+        let &ModelConfig { d_model, feed_forward, .. } = config;
+        let linear = |from, to| LinearConfig::new(from, to).with_bias(false).init(device);
+        let attention = Attention::new(kind, config, device)?;
+        let brings_norms = matches!(attention, Attention::L2a(_));
+        Ok(Self {
+            attention_norm: (!brings_norms).then(|| norm(config, device)),
+            attention,
+            feed_forward_norm: norm(config, device),
+            gate: linear(d_model, feed_forward),
+            up: linear(d_model, feed_forward),
+            down: linear(feed_forward, d_model),
+        })
+    }
+
+    /// The attention half of the layer, residual included, and what its router decided. `index` is the layer's own.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward`].
+    pub fn attend(
+        &self,
+        hidden: Tensor<3>,
+        index: usize,
+        pass: Pass,
+    ) -> Result<(Tensor<3>, Option<Routing>)> {
+        let draw = |purpose| Draws::new(pass.seed, purpose, &[index as u64]);
+        let normed = self.normed(hidden.clone());
+        let (output, routing) = match &self.attention {
+            Attention::Causal(causal) => (causal.forward(normed)?, None),
+            Attention::Aha(aha) => split(aha.forward(normed)?),
+            Attention::MultiWindow(multi) => split(multi.forward(normed)?),
+            Attention::RandomGate(gate) => split(gate.forward(normed, draw(Purpose::Gates).bits() as u32)?),
+            // Residuals are inside.
+            Attention::L2a(l2a) => {
+                let dense = draw(Purpose::Leaks).unit() < pass.leak;
+                let training = if dense { Training::Exact } else { Training::Sparse };
+                return Ok(split(l2a.forward_with(normed, training)?));
+            }
+        };
+        Ok((hidden + output, routing))
+    }
+
+    /// What attention and its router read.
+    pub fn normed(&self, hidden: Tensor<3>) -> Tensor<3> {
+        match &self.attention_norm {
+            Some(norm) => norm.forward(hidden),
+            None => hidden,
+        }
+    }
+
+    /// The feed-forward half of the layer, residual included.
+    pub fn mix_channels(&self, hidden: Tensor<3>) -> Tensor<3> {
+        let x = self.feed_forward_norm.forward(hidden.clone());
+        hidden + self.down.forward(silu(self.gate.forward(x.clone())) * self.up.forward(x))
+    }
+}
+
+fn split(forward: bifocal_burn::AttentionOutput) -> (Tensor<3>, Option<Routing>) {
+    (forward.output, Some(forward.routing))
+}
+
+fn norm(config: &ModelConfig, device: &Device) -> RmsNorm {
+    RmsNormConfig::new(config.d_model).init(device)
+}
