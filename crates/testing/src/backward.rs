@@ -182,8 +182,8 @@ fn a_nan_reaches_no_other_gradient(device: &Device, effort: Effort) -> Result<()
             0 => data.spoil(at.index(case.key_len), true),
             1 => data.spoil(at.index(case.key_len), false),
             // One row of one head.
-            2 => data.query[at.index(data.query.len())] = f32::NAN,
-            _ => d_out[at.index(d_out.len())] = f32::NAN,
+            2 => *at.get_mut(&mut data.query) = f32::NAN,
+            _ => *at.get_mut(&mut d_out) = f32::NAN,
         }
         let on = run(data.upload(&device.client))?;
         let read = operator_gradients(device, &case, &on, reach, None, &d_out, false)?;
