@@ -39,7 +39,7 @@ enum Command {
     /// Run a small decoder with AHA layers over real text and check it against the oracle.
     Demo(demo::Options),
     /// Train a small decoder on text, with routers that learn when to look far.
-    Train(train::Options),
+    Train(Box<train::Options>),
     /// Show what training runs have measured, as a table and as plots.
     Report(report::Options),
     /// Check every property of the operators on a device.

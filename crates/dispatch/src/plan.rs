@@ -289,7 +289,7 @@ fn count_segments(
         segment_counts[at as usize] = counts[reach];
         if comptime![planes] {
             let together = plane_sum(counts[reach]);
-            if segment % DeviceProfile::PLANE == 0u32 {
+            if UNIT_POS_PLANE == 0u32 {
                 group_counts[(at / DeviceProfile::PLANE) as usize] = together;
             }
         }

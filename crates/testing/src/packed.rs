@@ -17,24 +17,28 @@ pub(crate) const PROPERTIES: &[Property] = &[
         name: "packed_sequences_equal_the_oracle",
         claim: "sequences of any lengths, packed into one batch, give the oracle's output for every reach",
         applies: everywhere,
+        one_in: 1,
         run: packed_sequences_equal_the_oracle,
     },
     Property {
         name: "packed_sequences_equal_one_by_one",
         claim: "packed sequences give what the same kernels give for each sequence alone",
         applies: everywhere,
+        one_in: 1,
         run: packed_sequences_equal_one_by_one,
     },
     Property {
         name: "packed_sequences_never_mix",
         claim: "a NaN key or value reaches exactly the rows of its own sequence that see it",
         applies: everywhere,
+        one_in: 1,
         run: packed_sequences_never_mix,
     },
     Property {
         name: "routed_packed_sequences_equal_the_oracle",
         claim: "AHA on packed sequences is the branch that each row's route names, within its sequence",
         applies: everywhere,
+        one_in: 1,
         run: routed_packed_sequences_equal_the_oracle,
     },
 ];

@@ -23,12 +23,14 @@ pub(crate) const PROPERTIES: &[Property] = &[
         name: "gate_gradients_equal_the_oracle",
         claim: "AHA's and L2A's gates get the oracle's straight-through gradients, exact and sparse",
         applies: everywhere,
+        one_in: 4,
         run: gate_gradients_equal_the_oracle,
     },
     Property {
         name: "choice_gradients_equal_the_oracle",
         claim: "a choice among several windows gets the oracle's straight-through gradients",
         applies: everywhere,
+        one_in: 4,
         run: choice_gradients_equal_the_oracle,
     },
 ];

@@ -10,6 +10,7 @@ pub(crate) const PROPERTIES: &[Property] = &[Property {
     name: "warpgroup_products_are_plain_sums",
     claim: "bulk copies, the swizzle, both warpgroup products and packing give exactly the sums of plain loops",
     applies: is_hopper,
+    one_in: 1,
     run: warpgroup_products_are_plain_sums,
 }];
 

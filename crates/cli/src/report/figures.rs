@@ -101,9 +101,12 @@ fn series(label: &str, points: impl Iterator<Item = (u64, f64)>) -> Series {
     Series { label: label.to_string(), points: points.chunks(width).map(mean).collect() }
 }
 
+/// What runs with the same window measured, one number per seed.
+type OfWindows = Vec<(usize, Vec<f64>)>;
+
 /// A line per kind of attention; runs with the same window, of other seeds, count by their mean.
 fn over_window(summaries: &[Summary], y: impl Fn(&Summary) -> Option<f64>) -> Vec<Series> {
-    let mut lines: Vec<(String, Vec<(usize, Vec<f64>)>)> = Vec::new();
+    let mut lines: Vec<(String, OfWindows)> = Vec::new();
     for summary in summaries {
         let (Some(window), Some(y)) = (summary.window, y(summary)) else { continue };
         let kind = summary.attention.split(' ').next().unwrap_or_default().to_string();

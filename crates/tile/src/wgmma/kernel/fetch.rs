@@ -226,9 +226,9 @@ fn copy_rows(
         #[unroll]
         for panel in 0..comptime![blueprint.panels()] {
             let at = comptime![(panel * blueprint.shape.rows * SWIZZLE) as u32];
-            if comptime![blueprint.shape.dim >= (panel + 1) * PANEL] {
-                copy_16(to + at, from + comptime![(panel * SWIZZLE) as u64]);
-            } else if column < comptime![(blueprint.shape.dim - panel * PANEL) as u32 / 8] {
+            let columns = comptime![((blueprint.shape.dim - panel * PANEL).min(PANEL) / 8) as u32];
+            // The last panel may be half full.
+            if column < columns {
                 copy_16(to + at, from + comptime![(panel * SWIZZLE) as u64]);
             }
         }
