@@ -19,10 +19,10 @@ use crate::{
     tensor_core::{
         Blueprint, Layout, Numbers, PANEL, SWIZZLE,
         finish::{finish, redo_odd},
-        gather::swizzled,
         items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
         ptx::{copy_16, global_address, shared_address},
         softmax::{Positions, Softmax, fold, pack_weights},
+        swizzled,
     },
     visibility::Bounds,
 };
@@ -336,7 +336,7 @@ pub(crate) fn attend_kernel<
             let part = block_of::<WS, NS>(&scores, block, count);
             let softmax = softmaxes.index_mut(block);
             let at = positions_of(&bounds, warp_row, block, blueprint);
-            let part = fold::<NS>(part, softmax, &at, tile, &keys, &numbers, blueprint);
+            let part = fold::<NS>(part, softmax, &at, tile, &keys, &numbers, false, blueprint);
             let packed = pack_weights::<NS, NP>(&part, blueprint);
             #[unroll]
             for i in 0..comptime![count / 2] {

@@ -59,6 +59,7 @@ fn blueprint(
         warp_rows,
         stages,
         query_stages,
+        item_stages: query_stages,
         turns: false,
     })
 }

@@ -7,7 +7,7 @@
 
 use cubecl::prelude::*;
 
-use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape, gather::swizzled};
+use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape, swizzled};
 
 #[cfg(test)]
 mod tests;

@@ -77,6 +77,8 @@ pub(crate) struct Blueprint {
     pub(crate) stages: u32,
     /// Items whose queries are in shared memory.
     pub(crate) query_stages: u32,
+    /// Items whose rows are known: at least as many.
+    pub(crate) item_stages: u32,
     /// Warpgroups issue their products in turns.
     pub(crate) turns: bool,
 }
@@ -123,9 +125,15 @@ impl Blueprint {
         matches!(self.visibility, Visibility::All | Visibility::NonCausal | Visibility::Far)
     }
 
-    /// Rows whose queries are in shared memory.
+    /// Whether the only keys between an item's first and last that a row does not see are the last ones: then the tiles
+    /// that need no mask come first.
+    pub(crate) const fn one_edge(self) -> bool {
+        self.in_parts() && !self.ragged
+    }
+
+    /// Rows that are known.
     pub(crate) const fn staged_rows(self) -> usize {
-        self.query_stages as usize * self.shape.rows
+        self.item_stages as usize * self.shape.rows
     }
 
     /// Words that are kept of those rows: their ids, and in a ragged batch their two bounds.

@@ -2,7 +2,7 @@
 
 use cubecl::prelude::*;
 
-use super::{Blueprint, Numbers, gather::RowIds};
+use super::{Blueprint, Numbers};
 use crate::{
     rows::INVALID_ROW,
     visibility::{Bounds, Visibility, bounds_of},
@@ -22,16 +22,6 @@ pub(crate) struct Keys {
 
 #[cube]
 impl Keys {
-    /// Assigns every field: CubeCL assigns no structs.
-    pub(crate) fn set(&mut self, other: &Keys) {
-        self.sinks_begin = other.sinks_begin;
-        self.sinks_end = other.sinks_end;
-        self.begin = other.begin;
-        self.end = other.end;
-        self.sink_tiles = other.sink_tiles;
-        self.tiles = other.tiles;
-    }
-
     /// Keeps the tiles of one of several parts. There are no sinks apart.
     pub(crate) fn keep_part(&mut self, part: u32, parts: u32, #[comptime] blueprint: Blueprint) {
         if comptime![blueprint.in_parts()] {
@@ -52,16 +42,6 @@ pub(crate) struct Item {
     pub(crate) list: u32,
     pub(crate) first: u32,
     pub(crate) rows: u32,
-}
-
-#[cube]
-impl Item {
-    /// Assigns every field.
-    pub(crate) fn set(&mut self, other: &Item) {
-        self.list = other.list;
-        self.first = other.first;
-        self.rows = other.rows;
-    }
 }
 
 /// The `slot`-th item in the order of work.
@@ -124,8 +104,7 @@ pub(crate) fn bounds_of_row(
     )
 }
 
-/// The bounds of the row that [`gather`](super::gather::gather) noted at an entry of `row_ids`, where it has left them
-/// in a ragged batch.
+/// The bounds of the row that is noted at an entry of `row_ids`, with its bounds in a ragged batch.
 #[cube]
 pub(crate) fn bounds_at(
     entry: u32,
@@ -143,26 +122,6 @@ pub(crate) fn bounds_at(
         }
     } else {
         bounds_of_row(row, sequences, numbers, blueprint)
-    }
-}
-
-/// Which keys the rows from the first to the last of an item visit.
-#[cube]
-pub(crate) fn keys_of(
-    ids: &RowIds,
-    sequences: &[u32],
-    numbers: &Numbers,
-    #[comptime] blueprint: Blueprint,
-) -> Keys {
-    if comptime![blueprint.ragged] {
-        let first = Bounds { first: ids.first_key, position: ids.first_position };
-        // Of the last row the position alone matters.
-        let last = Bounds { first: ids.first_key, position: ids.last_position };
-        keys_between(&first, &last, numbers, blueprint)
-    } else {
-        let first = bounds_of_row(ids.first, sequences, numbers, blueprint);
-        let last = bounds_of_row(ids.last, sequences, numbers, blueprint);
-        keys_between(&first, &last, numbers, blueprint)
     }
 }
 
@@ -217,6 +176,23 @@ pub(crate) fn tile_start(keys: &Keys, tile: u32, #[comptime] blueprint: Blueprin
         }
     }
     start
+}
+
+/// How many tiles, from the first on, every row from `first` on sees whole, where that can be told apart: what hides keys
+/// from a row of [`one edge`](Blueprint::one_edge) hides the last.
+#[cube]
+pub(crate) fn whole_tiles(
+    first: &Bounds,
+    keys: &Keys,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> u32 {
+    let mut last_key = first.position;
+    if comptime![blueprint.visibility == Visibility::Far] {
+        last_key -= numbers.window;
+    }
+    let seen = max(last_key + 1 - keys.begin, 0i32) as u32;
+    min(seen / comptime![blueprint.shape.keys as u32], keys.tiles)
 }
 
 /// Whether any row between two misses any key of the tile that starts at `start`.

@@ -1,5 +1,5 @@
-//! What the routines on tensor cores share: which rows and keys an item is, how queries are gathered, the online
-//! softmax of a thread's two rows, how a row is finished.
+//! What the routines on tensor cores share: which rows and keys an item is, the swizzle of tiles in shared memory, the
+//! online softmax of a thread's two rows, how a row is finished.
 //!
 //! They can share it because `wgmma` and `mma.sync` leave scores and outputs in the same places: of every 16 rows a
 //! warp's thread holds two, `lane / 4` and 8 more, and of every 8 columns two, from `lane % 4 * 2` on (PTX ISA,
@@ -11,7 +11,6 @@
 
 mod blueprint;
 pub(crate) mod finish;
-pub(crate) mod gather;
 pub(crate) mod items;
 pub(crate) mod launch;
 pub(crate) mod ptx;
@@ -57,4 +56,11 @@ pub(crate) struct Layout {
     pub(crate) query: Strides,
     pub(crate) key: Strides,
     pub(crate) value: Strides,
+}
+
+/// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle,
+/// which keeps the same column of eight rows in different banks.
+#[cube]
+pub(crate) fn swizzled(row: u32, column: u32) -> u32 {
+    ((column % 8u32) ^ (row % 8u32)) * 16u32
 }

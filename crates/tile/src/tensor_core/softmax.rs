@@ -82,7 +82,8 @@ pub(crate) fn squash(score: f32, numbers: &Numbers) -> f32 {
     1.0f32 - 2.0f32 / (1.0f32 + ptx::exp2_fast(score * numbers.softcap_scale))
 }
 
-/// Folds a tile of scores into the softmax; returns the weights.
+/// Folds a tile of scores into the softmax; returns the weights. `whole` says that every row sees every key: without a
+/// branch to ask, scores stay in the registers that the product left them in.
 #[cube]
 pub(crate) fn fold<NS: Size>(
     scores: Vector<f32, NS>,
@@ -91,6 +92,7 @@ pub(crate) fn fold<NS: Size>(
     tile: u32,
     keys: &Keys,
     numbers: &Numbers,
+    #[comptime] whole: bool,
     #[comptime] blueprint: Blueprint,
 ) -> Vector<f32, NS> {
     let count = comptime![blueprint.shape.keys / 2];
@@ -102,20 +104,22 @@ pub(crate) fn fold<NS: Size>(
             scores.insert(i, capped);
         }
     }
-    let start = tile_start(keys, tile, blueprint);
-    let sinks = tile < keys.sink_tiles;
-    if needs_mask(&at.first, &at.last, start, sinks, keys, numbers, blueprint) {
-        let first = start + ((UNIT_POS % 4u32) * 2u32) as i32;
-        #[unroll]
-        for i in 0..count {
-            let key = first + comptime![((i / 4) * 8 + i % 2) as i32];
-            let seen = if comptime![(i / 2) % 2 == 0] {
-                sees(&at.upper, key, sinks, keys, numbers, blueprint)
-            } else {
-                sees(&at.lower, key, sinks, keys, numbers, blueprint)
-            };
-            let score = select(seen, scores.extract(i), numbers.neg_inf);
-            scores.insert(i, score);
+    if comptime![!whole] {
+        let start = tile_start(keys, tile, blueprint);
+        let sinks = tile < keys.sink_tiles;
+        if needs_mask(&at.first, &at.last, start, sinks, keys, numbers, blueprint) {
+            let first = start + ((UNIT_POS % 4u32) * 2u32) as i32;
+            #[unroll]
+            for i in 0..count {
+                let key = first + comptime![((i / 4) * 8 + i % 2) as i32];
+                let seen = if comptime![(i / 2) % 2 == 0] {
+                    sees(&at.upper, key, sinks, keys, numbers, blueprint)
+                } else {
+                    sees(&at.lower, key, sinks, keys, numbers, blueprint)
+                };
+                let score = select(seen, scores.extract(i), numbers.neg_inf);
+                scores.insert(i, score);
+            }
         }
     }
     // Chains of dependent instructions are kept short: several maxima, several sums.

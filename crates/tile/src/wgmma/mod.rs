@@ -61,6 +61,7 @@ fn blueprint(
         warp_rows,
         stages,
         query_stages,
+        item_stages: kernel::ITEM_STAGES,
         turns,
     })
 }
@@ -95,7 +96,6 @@ pub(crate) fn launch(
     let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
     let blueprint = Blueprint { ragged: work.sequences.is_some(), ..blueprint };
     let numbers = numbers(problem, work);
-    let threads = blueprint.warpgroups() * 128;
     // Where there are fewer items than this, they are cut into parts.
     let most_counted = (RoutedRows::COUNTERS - tickets::PARTS as usize) / 2;
     let park_room = (2 * profile.multiprocessors as usize).min(most_counted);
@@ -108,7 +108,7 @@ pub(crate) fn launch(
         None => unused(),
     };
     let parked = if in_parts {
-        client.empty(park_room * parts::parked_numbers(blueprint) * threads as usize * 4)
+        client.empty(park_room * parts::parked_numbers(blueprint) * blueprint.threads() as usize * 4)
     } else {
         unused()
     };
@@ -122,7 +122,7 @@ pub(crate) fn launch(
         attend_kernel::launch_unchecked(
             client,
             CubeCount::Static(cubes, 1, 1),
-            CubeDim::new_1d(threads),
+            CubeDim::new_1d(kernel::threads(blueprint)),
             elements(inputs.query),
             tensor_map(inputs.key, element, blueprint),
             tensor_map(inputs.value, element, blueprint),

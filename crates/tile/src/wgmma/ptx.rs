@@ -8,7 +8,8 @@
 //! [`values_end`], which wait.
 
 use cubecl::prelude::*;
-use cubecl_cpp::cuda::ptx::tensor_map_address;
+use cubecl_core::{intrinsic, ir::prelude::*};
+use cubecl_cpp::{cuda::ptx::tensor_map_address, shared::signature::IncludeOp};
 
 use crate::tensor_core::{PANEL, SWIZZLE, Shape};
 
@@ -166,9 +167,44 @@ pub(crate) fn wait_after(after: f32) {
 /// apart. Steps through the tile are added to it; the high half is [`DESCRIPTOR_HIGH`].
 #[cube]
 pub(crate) fn descriptor(address: u32, #[comptime] panel: usize) -> u32 {
-    let panels = comptime![(units(panel) as u32) << 16];
-    // The same in every thread of a warp, and now the assembler knows.
-    plane_broadcast(panels | (address >> 4u32), 0u32)
+    comptime![(units(panel) as u32) << 16] | (address >> 4u32)
+}
+
+/// A number that is the same in every thread of a warp, in a register of the warp: what follows from it, loops and
+/// descriptors, is computed once for all threads, and stands where products take it from.
+#[cube]
+pub(crate) fn uniform(x: u32) -> u32 {
+    let y: u32;
+    gpu_asm!("redux.sync.or.b32 {y}, {x}, 0xffffffff;", y = out(_) y, x = in(_) u32::reinterpret(x));
+    y
+}
+
+/// Says in the launch bounds that one cube of the kernel runs on a multiprocessor at a time. Without a number there the
+/// assembler does not know how many registers a thread begins with, and ignores [`more_registers`] and
+/// [`fewer_registers`] (ptxas, C7508). CubeCL writes the number of threads alone, so the macro that it writes them with is
+/// given the other: a header's line is the one place for it.
+#[cube]
+pub(crate) fn one_cube_per_multiprocessor() {
+    intrinsic!(|scope| {
+        let header = "cuda_fp16.h>\n#undef __launch_bounds__\n\
+                      #define __launch_bounds__(threads) __attribute__((launch_bounds(threads, 1)))\n//";
+        let context = scope.ctx_mut();
+        let include = IncludeOp::new(context, header.to_string());
+        let module = scope.state().module.get_body(context, 0);
+        include.get_operation().insert_at_front(module, context);
+    });
+}
+
+/// Takes registers that [`fewer_registers`] has freed: `count` per thread from here on. For a whole warpgroup.
+#[cube]
+pub(crate) fn more_registers(#[comptime] count: u32) {
+    gpu_asm!("setmaxnreg.inc.sync.aligned.u32 {n};", n = const count);
+}
+
+/// Frees registers: `count` per thread from here on. For a whole warpgroup.
+#[cube]
+pub(crate) fn fewer_registers(#[comptime] count: u32) {
+    gpu_asm!("setmaxnreg.dec.sync.aligned.u32 {n};", n = const count);
 }
 
 /// Readies an mbarrier for `count` arrivals per phase.

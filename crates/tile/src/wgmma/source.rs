@@ -3,7 +3,7 @@
 use bifocal_core::device::Tensor;
 use cubecl::{ir::ElemType, prelude::*};
 
-use super::kernel::attend_kernel;
+use super::kernel::{attend_kernel, threads};
 use crate::{
     portable::strides,
     tensor_core::{
@@ -32,7 +32,7 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
         Gpu::H100.properties(),
         target(),
         CubeCount::Static(1, 1, 1),
-        CubeDim::new_1d(blueprint.warpgroups() * 128),
+        CubeDim::new_1d(threads(blueprint)),
         buffer(),
         map(),
         map(),

@@ -8,7 +8,7 @@ use bifocal_core::{Element, Problem};
 use super::{across, down, scores_text, values_text};
 use crate::{
     mma::blueprint,
-    tensor_core::{Blueprint, PANEL, SWIZZLE, gather::swizzled},
+    tensor_core::{Blueprint, PANEL, SWIZZLE, swizzled},
     visibility::Visibility,
 };
 

@@ -1,14 +1,12 @@
-//! What a warpgroup does with its items.
+//! What a warpgroup that computes does with its items.
 
-use bifocal_core::device::RoutedRows;
 use cubecl::prelude::*;
 
 use super::{
-    Room, WARPGROUP, WARPGROUP_ROWS,
-    fetch::{Cursor, Stretch, fetch_keys, fetch_values, fill},
-    parts::{park, parts_of, take_up},
-    stage_of,
-    tickets::{self, Tickets, dealt, leave},
+    ARRIVALS, ITEM_STAGES, Room, WARPGROUP, WARPGROUP_ROWS, arrive_plane,
+    items::announced,
+    parts::{park, take_up},
+    stage_of, tickets,
 };
 use crate::{
     portable::Strides,
@@ -16,8 +14,7 @@ use crate::{
     tensor_core::{
         Blueprint, Layout, Numbers, SWIZZLE,
         finish::{finish, redo_odd},
-        gather::{RowIds, gather},
-        items::{Item, Keys, bounds_at, item_of, keys_between, keys_of},
+        items::{bounds_at, keys_between, whole_tiles},
         ptx::global_address,
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -25,108 +22,60 @@ use crate::{
 };
 
 #[cube]
-fn stretch(item: &Item, keys: Keys, numbers: &Numbers) -> Stretch {
-    Stretch { batch: item.list / numbers.kv_heads, kv_head: item.list % numbers.kv_heads, keys }
-}
-
-#[cube]
 pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     query: &[E],
-    key_map: &TensorMap<E, Tiled>,
-    value_map: &TensorMap<E, Tiled>,
     key: &[E],
     value: &[E],
     layout: &Layout,
     sink_logits: &[f32],
-    rows: &[u32],
-    items: &[u32],
     counters: &[Atomic<u32>],
+    first_counter: u32,
     parked: &mut [f32],
     sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
-    count: u32,
+    slots: u32,
+    parts: u32,
     out_strides: &Strides,
     room: &Room,
-    row_ids: &mut [u32],
+    row_ids: &[u32],
     cells: &mut [u32],
     numbers: &Numbers,
-    park_room: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let shape = comptime![blueprint.shape];
     let stages = comptime![blueprint.stages];
+    let query_stages = comptime![blueprint.query_stages];
     let tile_bytes = comptime![blueprint.key_bytes() as u32];
     let query_panel = comptime![blueprint.shape.rows * SWIZZLE];
     let key_panel = comptime![blueprint.shape.keys * SWIZZLE];
     let threads = comptime![blueprint.warpgroups() as usize * 128];
-    let warpgroup = UNIT_POS / WARPGROUP;
+    let warpgroup = ptx::uniform(UNIT_POS / WARPGROUP);
     let lane = UNIT_POS % 32u32;
     let warp = (UNIT_POS / 32u32) % 4u32;
     let tile_row = warpgroup * WARPGROUP_ROWS + warp * 16u32 + lane / 4u32;
-    let source = global_address::<E>(query.as_ptr());
     let target = global_address::<O>(out.as_ptr());
     // Named barrier 0 is the cube's own.
     let my_turn = 1u32 + warpgroup;
     let other_turn = 2u32 - warpgroup;
     let together = 3u32 + warpgroup;
 
-    let mut key_cursor = Cursor::new();
-    let mut value_cursor = Cursor::new();
-    let mut tile_number = 0u32;
-    let mut item_number = 0u32;
-    let mut tickets = Tickets::new();
-    let mut first_counter = 0u32;
-    if comptime![blueprint.routed] {
-        first_counter = numbers.reach * comptime![RoutedRows::COUNTERS as u32];
-    }
-    let parts = parts_of(count, park_room, blueprint);
-    let slots = count * parts;
-    let mut slot = CUBE_POS as u32;
-    let mut item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
-    let ids = RowIds::of(&item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
-    let mut now = stretch(&item, keys_of(&ids, sequences, numbers, blueprint), numbers);
-    now.keys.keep_part(slot % parts, parts, blueprint);
-    if slot < slots {
-        gather(&item, &ids, source, row_ids, 0u32, &layout.query, room.query, numbers, blueprint);
-        fill::<E>(
-            &mut key_cursor,
-            key_map,
-            0u32,
-            &mut value_cursor,
-            value_map,
-            0u32,
-            room,
-            &now,
-            &now,
-            blueprint,
-        );
-    }
+    // Tiles of the items before.
+    let mut tiles_before = 0u32;
+    let mut number = 0u32;
     if comptime![blueprint.turns] {
         if warpgroup == 1u32 {
             ptx::turn_give(1u32, threads);
         }
     }
-    while slot < slots {
-        let buffer = item_number % comptime![blueprint.query_stages];
-        let next_buffer = (item_number + 1u32) % comptime![blueprint.query_stages];
-        let this_slot = slot;
-        if comptime![blueprint.routed] {
-            slot = tickets.next(item_number, cells, room);
-        } else {
-            slot = dealt(item_number + 1u32);
-        }
-        // Loads of the next item's place and rows are begun here and used once this item's first scores are folded.
-        let next_item = item_of(min(slot, slots - 1u32) / parts, items, numbers, blueprint);
-        let mut next = stretch(&next_item, now.keys, numbers);
-        // Not known yet.
-        next.keys.tiles = 0u32;
-
-        ptx::copies_end();
-        ptx::turn_wait(together, 128usize);
-        let ids = buffer * comptime![blueprint.shape.rows as u32];
-        let batch = now.batch;
-        let kv_head = now.kv_head;
+    let mut item = announced(0u32, &*cells, room);
+    while ptx::uniform(item.slot) < slots {
+        let this_slot = item.slot;
+        let rows = item.rows;
+        let batch = item.list / numbers.kv_heads;
+        let kv_head = item.list % numbers.kv_heads;
+        let keys = item.keys(number, parts, row_ids, sequences, numbers, blueprint);
+        let ids = number % ITEM_STAGES * comptime![blueprint.shape.rows as u32];
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
         let base = ids + warpgroup * WARPGROUP_ROWS;
@@ -138,11 +87,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         let upper_head = kv_head * numbers.group + upper_id % INVALID_ROW % numbers.group;
         let lower_head = kv_head * numbers.group + lower_id % INVALID_ROW % numbers.group;
         let at = Positions {
-            upper: bounds_at(ids + tile_row, upper_id, &*row_ids, sequences, numbers, blueprint),
-            lower: bounds_at(ids + tile_row + 8u32, lower_id, &*row_ids, sequences, numbers, blueprint),
-            first: bounds_at(base, first_id, &*row_ids, sequences, numbers, blueprint),
-            last: bounds_at(end, last_id, &*row_ids, sequences, numbers, blueprint),
+            upper: bounds_at(ids + tile_row, upper_id, row_ids, sequences, numbers, blueprint),
+            lower: bounds_at(ids + tile_row + 8u32, lower_id, row_ids, sequences, numbers, blueprint),
+            first: bounds_at(base, first_id, row_ids, sequences, numbers, blueprint),
+            last: bounds_at(end, last_id, row_ids, sequences, numbers, blueprint),
         };
+        sync_plane();
+        arrive_plane(room.item_empty + number % ITEM_STAGES * 8u32);
 
         let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
         if comptime![blueprint.sink_logits && blueprint.in_parts()] {
@@ -156,157 +107,88 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             }
         }
         let mut acc = Vector::<f32, NO>::new(0.0f32);
-        if now.keys.tiles > 0u32 {
+        let (buffer, query_phase) = stage_of(number, query_stages);
+        ptx::wait_parity(room.query_full + buffer * 8u32, query_phase);
+        let tiles = ptx::uniform(keys.tiles);
+        let before = ptx::uniform(tiles_before);
+        tiles_before += tiles;
+        if tiles > 0u32 {
             let query_at = room.query
                 + buffer * comptime![blueprint.query_bytes() as u32]
                 + warpgroup * comptime![WARPGROUP_ROWS * SWIZZLE as u32];
             let query_descriptor = ptx::descriptor(query_at, query_panel);
-            let (stage, phase) = stage_of(tile_number, stages);
+            let (stage, phase) = stage_of(before, stages);
             ptx::wait_parity(room.key_full + stage * 8u32, phase);
             let key_descriptor = ptx::descriptor(room.key + stage * tile_bytes, key_panel);
             let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
             let scores = ptx::scores_end::<NS>(scores, 0usize, shape);
-            if lane == 0u32 {
-                ptx::arrive(room.key_empty + stage * 8u32);
-            }
-            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
-            let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &now.keys, numbers, blueprint);
+            arrive_plane(room.key_empty + stage * 8u32);
+            let scores = fold::<NS>(scores, &mut softmax, &at, 0u32, &keys, numbers, false, blueprint);
             let mut weights = pack_weights::<NS, NP>(&scores, blueprint);
-            if slot < slots {
-                next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
-                next.keys.keep_part(slot % parts, parts, blueprint);
-                if comptime![blueprint.query_stages > 1] {
-                    gather(
-                        &next_item,
-                        &ids,
-                        source,
-                        row_ids,
-                        next_buffer,
-                        &layout.query,
-                        room.query,
-                        numbers,
-                        blueprint,
-                    );
+            // Tiles that need no mask have a loop of their own, where it is known which they are.
+            let loops = comptime![if blueprint.one_edge() { 2u32 } else { 1u32 }];
+            let mut to = 1u32;
+            #[unroll]
+            for part in 0..loops {
+                let whole = comptime![part + 1 < loops];
+                let from = to;
+                to = tiles;
+                if comptime![whole] {
+                    to = max(ptx::uniform(whole_tiles(&at.first, &keys, numbers, blueprint)), 1u32);
                 }
-            }
-            fill::<E>(
-                &mut key_cursor,
-                key_map,
-                tile_number + 1u32,
-                &mut value_cursor,
-                value_map,
-                tile_number,
-                room,
-                &now,
-                &next,
-                blueprint,
-            );
-            for tile in 1..now.keys.tiles {
-                let (value_stage, value_phase) = stage_of(tile_number, stages);
-                tile_number += 1u32;
-                let (key_stage, key_phase) = stage_of(tile_number, stages);
-                // The last warpgroup is about to leave the stage that this tile goes to.
-                fetch_keys::<E>(&mut key_cursor, key_map, room, tile_number, &now, &next, blueprint);
-                if comptime![blueprint.turns] {
-                    ptx::turn_wait(my_turn, threads);
-                }
-                ptx::wait_parity(room.key_full + key_stage * 8u32, key_phase);
-                let key_descriptor = ptx::descriptor(room.key + key_stage * tile_bytes, key_panel);
-                let value_descriptor = ptx::descriptor(room.value + value_stage * tile_bytes, key_panel);
-                let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
-                ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
-                let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
-                if comptime![blueprint.turns] {
-                    ptx::turn_give(other_turn, threads);
-                }
-                let scores = ptx::scores_end::<NS>(scores, 1usize, shape);
-                if lane == 0u32 {
-                    ptx::arrive(room.key_empty + key_stage * 8u32);
-                }
-                let scores = fold::<NS>(scores, &mut softmax, &at, tile, &now.keys, numbers, blueprint);
-                ptx::wait_after(softmax.sum[0] + softmax.sum[1]);
-                acc = ptx::values_end::<NO, NP>(sum, weights, shape);
-                if lane == 0u32 {
-                    ptx::arrive(room.value_empty + value_stage * 8u32);
-                }
-                fetch_values::<E>(&mut value_cursor, value_map, room, tile_number, &now, &next, blueprint);
-                weights = pack_weights::<NS, NP>(&scores, blueprint);
-                let upper = softmax.correction[0];
-                let lower = softmax.correction[1];
-                // Maxima grow ever more rarely: most tiles of a long row leave what was summed as it is.
-                if plane_any(upper != 1.0f32 || lower != 1.0f32) {
-                    #[unroll]
-                    for i in 0..comptime![blueprint.shape.dim / 8] {
-                        let a = acc.extract(i * 4) * upper;
-                        let b = acc.extract(i * 4 + 1) * upper;
-                        let c = acc.extract(i * 4 + 2) * lower;
-                        let d = acc.extract(i * 4 + 3) * lower;
-                        acc.insert(i * 4, a);
-                        acc.insert(i * 4 + 1, b);
-                        acc.insert(i * 4 + 2, c);
-                        acc.insert(i * 4 + 3, d);
+                for tile in from..to {
+                    let (value_stage, value_phase) = stage_of(before + tile - 1u32, stages);
+                    let (key_stage, key_phase) = stage_of(before + tile, stages);
+                    if comptime![blueprint.turns] {
+                        ptx::turn_wait(my_turn, threads);
+                    }
+                    ptx::wait_parity(room.key_full + key_stage * 8u32, key_phase);
+                    let key_descriptor = ptx::descriptor(room.key + key_stage * tile_bytes, key_panel);
+                    let value_descriptor = ptx::descriptor(room.value + value_stage * tile_bytes, key_panel);
+                    let scores = ptx::scores_begin::<NS>(query_descriptor, key_descriptor, shape);
+                    ptx::wait_parity(room.value_full + value_stage * 8u32, value_phase);
+                    let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
+                    if comptime![blueprint.turns] {
+                        ptx::turn_give(other_turn, threads);
+                    }
+                    let scores = ptx::scores_end::<NS>(scores, 1usize, shape);
+                    arrive_plane(room.key_empty + key_stage * 8u32);
+                    let scores =
+                        fold::<NS>(scores, &mut softmax, &at, tile, &keys, numbers, whole, blueprint);
+                    ptx::wait_after(softmax.sum[0] + softmax.sum[1]);
+                    acc = ptx::values_end::<NO, NP>(sum, weights, shape);
+                    arrive_plane(room.value_empty + value_stage * 8u32);
+                    weights = pack_weights::<NS, NP>(&scores, blueprint);
+                    let upper = softmax.correction[0];
+                    let lower = softmax.correction[1];
+                    // Maxima grow ever more rarely: most tiles of a long row leave what was summed as it is.
+                    if plane_any(upper != 1.0f32 || lower != 1.0f32) {
+                        #[unroll]
+                        for i in 0..comptime![blueprint.shape.dim / 8] {
+                            let a = acc.extract(i * 4) * upper;
+                            let b = acc.extract(i * 4 + 1) * upper;
+                            let c = acc.extract(i * 4 + 2) * lower;
+                            let d = acc.extract(i * 4 + 3) * lower;
+                            acc.insert(i * 4, a);
+                            acc.insert(i * 4 + 1, b);
+                            acc.insert(i * 4 + 2, c);
+                            acc.insert(i * 4 + 3, d);
+                        }
                     }
                 }
             }
-            let (stage, phase) = stage_of(tile_number, stages);
-            tile_number += 1u32;
+            // No scores are left to come.
+            arrive_plane(room.query_empty + buffer * 8u32);
+            let (stage, phase) = stage_of(before + tiles - 1u32, stages);
             ptx::wait_parity(room.value_full + stage * 8u32, phase);
             let value_descriptor = ptx::descriptor(room.value + stage * tile_bytes, key_panel);
             let sum = ptx::values_begin::<NO, NP>(acc, weights, value_descriptor, shape);
-            if comptime![blueprint.query_stages == 1] {
-                if slot < slots {
-                    gather(
-                        &next_item,
-                        &ids,
-                        source,
-                        row_ids,
-                        next_buffer,
-                        &layout.query,
-                        room.query,
-                        numbers,
-                        blueprint,
-                    );
-                }
-            }
             acc = ptx::values_end::<NO, NP>(sum, weights, shape);
-            if lane == 0u32 {
-                ptx::arrive(room.value_empty + stage * 8u32);
-            }
-            fetch_values::<E>(&mut value_cursor, value_map, room, tile_number, &now, &next, blueprint);
-        } else if slot < slots {
-            let ids = RowIds::of(&next_item, UNIT_POS / 2u32, rows, sequences, numbers, blueprint);
-            next.keys.set(&keys_of(&ids, sequences, numbers, blueprint));
-            next.keys.keep_part(slot % parts, parts, blueprint);
-            gather(
-                &next_item,
-                &ids,
-                source,
-                row_ids,
-                next_buffer,
-                &layout.query,
-                room.query,
-                numbers,
-                blueprint,
-            );
-            fill::<E>(
-                &mut key_cursor,
-                key_map,
-                tile_number,
-                &mut value_cursor,
-                value_map,
-                tile_number,
-                room,
-                &now,
-                &next,
-                blueprint,
-            );
+            arrive_plane(room.value_empty + stage * 8u32);
+        } else {
+            arrive_plane(room.query_empty + buffer * 8u32);
         }
 
-        if comptime![blueprint.routed] {
-            if slot < slots {
-                tickets.draw(counters, first_counter);
-            }
-        }
         let mut whole = true;
         if comptime![blueprint.in_parts()] {
             if parts > 1u32 {
@@ -320,7 +202,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                     counters,
                     first_counter + comptime![tickets::PARTS] + first_slot / parts * 2u32 + warpgroup,
                     cells,
-                    comptime![tickets::STAGES] + warpgroup,
+                    comptime![ARRIVALS] + warpgroup,
                     together,
                     blueprint,
                 );
@@ -338,7 +220,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 upper_id,
                 upper_token,
                 upper_head,
-                tile_row < item.rows,
+                tile_row < rows,
                 batch,
                 lse,
                 target,
@@ -353,7 +235,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 lower_id,
                 lower_token,
                 lower_head,
-                tile_row + 8u32 < item.rows,
+                tile_row + 8u32 < rows,
                 batch,
                 lse,
                 target,
@@ -367,13 +249,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 blueprint,
             );
         }
-        item.set(&next_item);
-        now.set(&next);
-        key_cursor.advance();
-        value_cursor.advance();
-        item_number += 1u32;
-    }
-    if comptime![blueprint.routed] {
-        leave(counters, first_counter);
+        number += 1u32;
+        item.set(&announced(number, &*cells, room));
     }
 }

@@ -1,95 +1,61 @@
-//! Keys and values, fetched ahead of their use by one thread for all.
+//! The fetching warpgroup: it has no products to wait for, and few registers.
+//!
+//! Two of its warps gather the rows of the cube's items, one after the other, and tell everybody which they are; one
+//! thread each of the other two streams their keys and their values. All of them run ahead of the warpgroups that
+//! compute, as far as there is room: a warpgroup never waits for another one's thread to ask for what comes next.
 
 use cubecl::prelude::*;
 
-use super::{Room, WARPGROUP, stage_of};
+use super::{
+    GATHERERS, ITEM_STAGES, Room,
+    items::{announce, announced},
+    stage_of,
+    tickets::{Tickets, dealt, leave},
+};
 use crate::{
+    portable::Strides,
+    rows::INVALID_ROW,
     tensor_core::{
-        Blueprint, PANEL, SWIZZLE,
-        items::{Keys, tile_start},
+        Blueprint, Numbers, PANEL, SWIZZLE,
+        items::{Item, bounds_of_row, item_of, row_at, tile_start},
+        ptx::copy_16,
+        swizzled,
     },
     wgmma::ptx,
 };
 
-/// How far the keys, or the values, of this cube's items have been fetched.
-#[derive(CubeType)]
-pub(super) struct Cursor {
-    /// Tiles fetched so far, over all items; then the next tile of the item that the cursor is in; then whether that
-    /// is the item after the current one.
-    state: Array<u32>,
-}
+/// The barrier of the gathering threads among themselves. 0 is the cube's own, 1 to 4 the computing warpgroups'.
+const GATHERING: u32 = 5;
 
-/// An item as the cursor needs it.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(super) struct Stretch {
-    pub(super) batch: u32,
-    pub(super) kv_head: u32,
-    pub(super) keys: Keys,
-}
-
+/// Streams the keys (or the values) of this cube's items through a ring: one thread for the cube.
 #[cube]
-impl Stretch {
-    /// Assigns every field.
-    pub(super) fn set(&mut self, other: &Stretch) {
-        self.batch = other.batch;
-        self.kv_head = other.kv_head;
-        self.keys.set(&other.keys);
-    }
-}
-
-#[cube]
-impl Cursor {
-    pub(super) fn new() -> Cursor {
-        let mut state = Array::<u32>::new(3usize);
-        state[0] = 0u32;
-        state[1] = 0u32;
-        state[2] = 0u32;
-        Cursor { state }
-    }
-
-    /// The next item becomes the current one.
-    pub(super) fn advance(&mut self) {
-        if self.state[2] == 0u32 {
-            self.state[1] = 0u32;
-        }
-        self.state[2] = 0u32;
-    }
-}
-
-/// Starts the copy of the next tile of keys (or values), if there is one and a stage for it: stages of the first `done`
-/// tiles are free as far as this warpgroup knows. One thread, `by`, does it for the cube.
-#[cube]
-fn fetch<E: Float>(
-    cursor: &mut Cursor,
+pub(super) fn stream<E: Float>(
     map: &TensorMap<E, Tiled>,
     ring: u32,
     full: u32,
     empty: u32,
-    done: u32,
-    now: &Stretch,
-    next: &Stretch,
-    #[comptime] by: u32,
+    row_ids: &[u32],
+    cells: &[u32],
+    sequences: &[u32],
+    slots: u32,
+    parts: u32,
+    room: &Room,
+    numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
     let stages = comptime![blueprint.stages];
     let bytes = comptime![blueprint.key_bytes() as u32];
-    if UNIT_POS == by {
-        if cursor.state[2] == 0u32 && cursor.state[1] >= now.keys.tiles {
-            cursor.state[1] = 0u32;
-            cursor.state[2] = 1u32;
-        }
-        let ahead = cursor.state[2] == 1u32;
-        let tile = cursor.state[1];
-        let number = cursor.state[0];
-        if tile < select(ahead, next.keys.tiles, now.keys.tiles) && number < done + stages {
-            let batch = select(ahead, next.batch, now.batch);
-            let head = select(ahead, next.kv_head, now.kv_head);
-            let mut start = tile_start(&now.keys, tile, blueprint);
-            if ahead {
-                start = tile_start(&next.keys, tile, blueprint);
-            }
-            let (stage, phase) = stage_of(number, stages);
+    let mut tiles_before = 0u32;
+    let mut number = 0u32;
+    let mut item = announced(0u32, cells, room);
+    while item.slot < slots {
+        let keys = item.keys(number, parts, row_ids, sequences, numbers, blueprint);
+        ptx::arrive(room.item_empty + number % ITEM_STAGES * 8u32);
+        let batch = item.list / numbers.kv_heads;
+        let head = item.list % numbers.kv_heads;
+        for tile in 0..keys.tiles {
+            let start = tile_start(&keys, tile, blueprint);
+            let (stage, phase) = stage_of(tiles_before + tile, stages);
             let full = full + stage * 8u32;
             ptx::wait_parity(empty + stage * 8u32, phase ^ 1u32);
             ptx::arrive_expecting(full, bytes);
@@ -111,58 +77,160 @@ fn fetch<E: Float>(
                     );
                 }
             }
-            cursor.state[0] = number + 1u32;
-            cursor.state[1] = tile + 1u32;
         }
+        tiles_before += keys.tiles;
+        number += 1u32;
+        item.set(&announced(number, cells, room));
     }
 }
 
-/// [`fetch`] of keys, by the first warpgroup.
+/// Takes this cube's items, announces them, and gathers their query rows by index into panels of the 128-byte swizzle.
 #[cube]
-pub(super) fn fetch_keys<E: Float>(
-    cursor: &mut Cursor,
-    map: &TensorMap<E, Tiled>,
+pub(super) fn gather_items(
+    source: u64,
+    query_strides: &Strides,
+    rows: &[u32],
+    items: &[u32],
+    counters: &[Atomic<u32>],
+    first_counter: u32,
+    sequences: &[u32],
+    row_ids: &mut [u32],
+    row_offsets: &mut [u32],
+    cells: &mut [u32],
+    slots: u32,
+    parts: u32,
     room: &Room,
-    done: u32,
-    now: &Stretch,
-    next: &Stretch,
+    numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
-    fetch::<E>(cursor, map, room.key, room.key_full, room.key_empty, done, now, next, 0u32, blueprint);
+    let tile_rows = comptime![blueprint.shape.rows as u32];
+    let query_stages = comptime![blueprint.query_stages];
+    let thread = UNIT_POS % GATHERERS;
+    let mut tickets = Tickets::new();
+    let mut slot = CUBE_POS as u32;
+    let mut number = 0u32;
+    while slot < slots {
+        let item = item_of(slot / parts, items, numbers, blueprint);
+        let (stage, phase) = stage_of(number, ITEM_STAGES);
+        let (buffer, buffer_phase) = stage_of(number, query_stages);
+        ptx::wait_parity(room.item_empty + stage * 8u32, phase ^ 1u32);
+        if thread == 0u32 {
+            announce(number, slot, item.list, item.rows, cells);
+            if comptime![blueprint.routed] {
+                tickets.hand_out(number, cells);
+            }
+        }
+        #[unroll]
+        for part in 0..comptime![tile_rows / GATHERERS] {
+            let entry = thread + comptime![part * GATHERERS];
+            note_row(
+                &item,
+                entry,
+                stage * tile_rows + entry,
+                number % 2u32 * tile_rows + entry,
+                query_strides,
+                rows,
+                sequences,
+                row_ids,
+                row_offsets,
+                numbers,
+                blueprint,
+            );
+        }
+        ptx::arrive(room.item_full + stage * 8u32);
+        // Offsets, and the next ticket, go from thread to thread.
+        ptx::turn_wait(GATHERING, comptime![GATHERERS as usize]);
+        ptx::wait_parity(room.query_empty + buffer * 8u32, buffer_phase ^ 1u32);
+        copy_rows(
+            source,
+            &*row_offsets,
+            number % 2u32 * tile_rows,
+            room.query + buffer * comptime![blueprint.query_bytes() as u32],
+            thread,
+            blueprint,
+        );
+        if comptime![blueprint.routed] {
+            slot = tickets.handed_out(number, &*cells);
+            if thread == 0u32 && slot < slots {
+                tickets.draw(counters, first_counter);
+            }
+        } else {
+            slot = dealt(number + 1u32);
+        }
+        ptx::copies_end();
+        ptx::arrive(room.query_full + buffer * 8u32);
+        number += 1u32;
+    }
+    let (stage, phase) = stage_of(number, ITEM_STAGES);
+    ptx::wait_parity(room.item_empty + stage * 8u32, phase ^ 1u32);
+    if thread == 0u32 {
+        // A slot that there is not: the end.
+        announce(number, slots, 0u32, 0u32, cells);
+        if comptime![blueprint.routed] {
+            leave(counters, first_counter);
+        }
+    }
+    ptx::arrive(room.item_full + stage * 8u32);
 }
 
-/// [`fetch`] of values, by the last warpgroup, which leaves their stages last.
+/// Notes which row an entry of an item is, its bounds in a ragged batch, and where its query begins.
 #[cube]
-pub(super) fn fetch_values<E: Float>(
-    cursor: &mut Cursor,
-    map: &TensorMap<E, Tiled>,
-    room: &Room,
-    done: u32,
-    now: &Stretch,
-    next: &Stretch,
+fn note_row(
+    item: &Item,
+    entry: u32,
+    at: u32,
+    offset_at: u32,
+    query_strides: &Strides,
+    rows: &[u32],
+    sequences: &[u32],
+    row_ids: &mut [u32],
+    row_offsets: &mut [u32],
+    numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
-    let by = comptime![(blueprint.warpgroups() - 1) * WARPGROUP];
-    fetch::<E>(cursor, map, room.value, room.value_full, room.value_empty, done, now, next, by, blueprint);
+    let id = row_at(item, entry, rows, numbers, blueprint);
+    row_ids[at as usize] = id;
+    if comptime![blueprint.ragged] {
+        let column = comptime![blueprint.staged_rows() as u32];
+        let bounds = bounds_of_row(id, sequences, numbers, blueprint);
+        row_ids[(column + at) as usize] = u32::reinterpret(bounds.first);
+        row_ids[(2u32 * column + at) as usize] = u32::reinterpret(bounds.position);
+    }
+    let row = id % INVALID_ROW;
+    let head = item.list % numbers.kv_heads * numbers.group + row % numbers.group;
+    row_offsets[offset_at as usize] = item.list / numbers.kv_heads * query_strides.batch
+        + head * query_strides.head
+        + row / numbers.group * query_strides.token;
 }
 
-/// Fetches keys and values for as many stages as there are.
+/// Starts the copies of a tile of rows: eight threads take the 128 bytes of a row in a panel.
 #[cube]
-pub(super) fn fill<E: Float>(
-    key_cursor: &mut Cursor,
-    key_map: &TensorMap<E, Tiled>,
-    keys_done: u32,
-    value_cursor: &mut Cursor,
-    value_map: &TensorMap<E, Tiled>,
-    values_done: u32,
-    room: &Room,
-    now: &Stretch,
-    next: &Stretch,
+fn copy_rows(
+    source: u64,
+    row_offsets: &[u32],
+    offsets_at: u32,
+    to: u32,
+    thread: u32,
     #[comptime] blueprint: Blueprint,
 ) {
-    #[unroll]
-    for _ in 0..blueprint.stages {
-        fetch_keys::<E>(key_cursor, key_map, room, keys_done, now, next, blueprint);
-        fetch_values::<E>(value_cursor, value_map, room, values_done, now, next, blueprint);
+    let rows_at_once = comptime![GATHERERS / 8];
+    let column = thread % 8u32;
+    let first_row = thread / 8u32;
+    let from = source + (column * 16u32) as u64;
+    // Rows of a pass are eight apart, so their column of the swizzle is the same.
+    let to = to + first_row * comptime![SWIZZLE as u32] + swizzled(first_row, column);
+    for pass in 0..comptime![blueprint.shape.rows as u32 / rows_at_once] {
+        let row = pass * rows_at_once;
+        let from = from + row_offsets[(offsets_at + row + first_row) as usize] as u64 * 2u64;
+        let to = to + row * comptime![SWIZZLE as u32];
+        #[unroll]
+        for panel in 0..comptime![blueprint.panels()] {
+            let at = comptime![(panel * blueprint.shape.rows * SWIZZLE) as u32];
+            if comptime![blueprint.shape.dim >= (panel + 1) * PANEL] {
+                copy_16(to + at, from + comptime![(panel * SWIZZLE) as u64]);
+            } else if column < comptime![(blueprint.shape.dim - panel * PANEL) as u32 / 8] {
+                copy_16(to + at, from + comptime![(panel * SWIZZLE) as u64]);
+            }
+        }
     }
 }

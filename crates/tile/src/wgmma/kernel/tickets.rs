@@ -9,18 +9,14 @@
 
 use cubecl::prelude::*;
 
-use super::{Room, stage_of};
-use crate::wgmma::ptx;
-
-/// Tickets on their way from the thread that draws them to all others.
-pub(super) const STAGES: u32 = 2;
+use super::TICKETS;
 
 /// What the counters of a launch count, from the first on: tickets, cubes that are done, and for each item and warpgroup
 /// the parts that are.
 const DONE: u32 = 1;
 pub(in crate::wgmma) const PARTS: u32 = 2;
 
-/// The next slot as its drawer knows it.
+/// The next slot as the thread that draws it knows it.
 #[derive(CubeType)]
 pub(super) struct Tickets {
     slot: u32,
@@ -34,15 +30,13 @@ pub(super) fn dealt(round: u32) -> u32 {
     round * cubes + select(round % 2u32 == 0u32, position, cubes - 1u32 - position)
 }
 
-/// The last cube leaves the counters as it found them.
+/// The last cube leaves the counters as it found them. Called by one thread, which has drawn its last ticket.
 #[cube]
 pub(super) fn leave(counters: &[Atomic<u32>], from: u32) {
-    if UNIT_POS == 0u32 {
-        let done = counters[(from + comptime![DONE]) as usize].fetch_add(1u32);
-        if done + 1u32 == CUBE_COUNT as u32 {
-            counters[from as usize].store(0u32);
-            counters[(from + comptime![DONE]) as usize].store(0u32);
-        }
+    let done = counters[(from + comptime![DONE]) as usize].fetch_add(1u32);
+    if done + 1u32 == CUBE_COUNT as u32 {
+        counters[from as usize].store(0u32);
+        counters[(from + comptime![DONE]) as usize].store(0u32);
     }
 }
 
@@ -54,28 +48,19 @@ impl Tickets {
         Tickets { slot }
     }
 
-    /// Draws the slot after the next from the counter at `from`.
+    /// Draws a slot from the counter at `from`: that of the item after the next.
     pub(super) fn draw(&mut self, counters: &[Atomic<u32>], from: u32) {
-        if UNIT_POS == 0u32 {
-            self.slot = 2u32 * CUBE_COUNT as u32 + counters[from as usize].fetch_add(1u32);
-        }
+        self.slot = 2u32 * CUBE_COUNT as u32 + counters[from as usize].fetch_add(1u32);
     }
 
-    /// The slot after that of the cube's `number`-th item, to every thread.
-    pub(super) fn next(&self, number: u32, cells: &mut [u32], room: &Room) -> u32 {
-        let (cell, phase) = stage_of(number, comptime![STAGES]);
-        let full = room.ticket_full + cell * 8u32;
-        let empty = room.ticket_empty + cell * 8u32;
-        if UNIT_POS == 0u32 {
-            ptx::wait_parity(empty, phase ^ 1u32);
-            cells[cell as usize] = self.slot;
-            ptx::arrive(full);
-        }
-        ptx::wait_parity(full, phase);
-        let slot = cells[cell as usize];
-        if UNIT_POS % 32u32 == 0u32 {
-            ptx::arrive(empty);
-        }
-        slot
+    /// Writes down the slot after that of the cube's `number`-th item. Every other one has a cell of its own, so that a
+    /// thread may still read it when the next is written.
+    pub(super) fn hand_out(&self, number: u32, cells: &mut [u32]) {
+        cells[(TICKETS + number % 2u32) as usize] = self.slot;
+    }
+
+    /// Reads it, after a barrier.
+    pub(super) fn handed_out(&self, number: u32, cells: &[u32]) -> u32 {
+        cells[(TICKETS + number % 2u32) as usize]
     }
 }
