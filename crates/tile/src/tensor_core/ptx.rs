@@ -64,6 +64,14 @@ pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {
     );
 }
 
+/// Loads two numbers from global memory.
+#[cube]
+pub(crate) fn load_pair(source: u64) -> Vector<f32, Const<2>> {
+    let pair: Vector<f32, Const<2>>;
+    gpu_asm!("ld.global.v2.f32 {p}, [{at}];", p = out(_) pair, at = in(_) source);
+    pair
+}
+
 /// Stores two numbers to global memory.
 #[cube]
 pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
@@ -71,4 +79,41 @@ pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
         "st.global.v2.f32 [{at}], {{{a}, {b}}};",
         at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b)
     );
+}
+
+/// Loads two numbers from shared memory.
+#[cube]
+pub(crate) fn load_shared_pair(source: u32) -> Vector<f32, Const<2>> {
+    let pair: Vector<f32, Const<2>>;
+    gpu_asm!("ld.shared.v2.f32 {p}, [{at}];", p = out(_) pair, at = in(_) source);
+    pair
+}
+
+/// Loads four numbers from shared memory.
+#[cube]
+pub(crate) fn load_shared_four(source: u32) -> Vector<f32, Const<4>> {
+    let four: Vector<f32, Const<4>>;
+    gpu_asm!("ld.shared.v4.f32 {x}, [{at}];", x = out(_) four, at = in(_) source);
+    four
+}
+
+/// Stores four numbers to shared memory.
+#[cube]
+pub(crate) fn store_shared_four(destination: u32, four: Vector<f32, Const<4>>) {
+    gpu_asm!(
+        "st.shared.v4.f32 [{at}], {x};",
+        at = in(_) destination, x = in(_) Vector::<f32, Const<4>>::reinterpret(four)
+    );
+}
+
+/// Waits at the named barrier for `threads` threads.
+#[cube]
+pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.sync {n}, {threads};", n = in(_) name, threads = const threads);
+}
+
+/// Arrives at the named barrier without waiting.
+#[cube]
+pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
 }

@@ -201,6 +201,7 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         numbers.sinks,
         rows,
         sequences,
+        false,
         blueprint.sight,
     );
     let batch = kv_head / numbers.kv_heads;
