@@ -67,10 +67,10 @@ pub(super) fn place(unit: u32, #[comptime] panel: usize, #[comptime] tile: Tile)
 /// Starts the copy of the keys or values from `start` on to `room`. Those from `end` on are zeros: no row sees them, but
 /// 0 x NaN is NaN.
 #[cube]
-pub(super) fn copy_tile(source: &Source, start: u32, end: u32, room: u32, #[comptime] tile: Tile) {
+pub(super) fn copy_tile(unit: u32, source: &Source, start: u32, end: u32, room: u32, #[comptime] tile: Tile) {
     #[unroll]
     for panel in 0..comptime![tile.panels()] {
-        let place = place(UNIT_POS, panel, tile);
+        let place = place(unit, panel, tile);
         let from = source.address + (place.column * 16u32) as u64;
         let at_once = comptime![tile.rows_at_once(panel)];
         #[unroll]

@@ -55,6 +55,7 @@ pub(super) const fn starts_at(blueprint: Blueprint) -> u32 {
 /// Starts the copy of the `step`-th tile of the ring, counted from the keys of `tile`: keys and values take turns.
 #[cube]
 pub(super) fn copy_ahead(
+    unit: u32,
     key: &Source,
     value: &Source,
     keys: &Keys,
@@ -69,9 +70,9 @@ pub(super) fn copy_ahead(
         let start = tile_start(keys, tile, blueprint) as u32;
         let end = numbers.first_position as u32 + numbers.query_len;
         if comptime![step % 2 == 0] {
-            copy_tile(key, start, end, room, comptime![blueprint.key_tile()]);
+            copy_tile(unit, key, start, end, room, comptime![blueprint.key_tile()]);
         } else {
-            copy_tile(value, start, end, room, comptime![blueprint.key_tile()]);
+            copy_tile(unit, value, start, end, room, comptime![blueprint.key_tile()]);
         }
     }
     // An empty group counts too.
@@ -224,7 +225,7 @@ pub(crate) fn attend_kernel<
     #[unroll]
     for step in 0..comptime![stages - 1] {
         let room = ring + comptime![step * blueprint.key_bytes() as u32];
-        copy_ahead(&key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
+        copy_ahead(UNIT_POS, &key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
     }
 
     let lane = UNIT_POS % 32u32;
@@ -253,7 +254,17 @@ pub(crate) fn attend_kernel<
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages - 1];
-        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            UNIT_POS,
+            &key_source,
+            &value_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let scores = ptx::scores::<WS>(query_at, key_at + now, blueprint);
         before = now;
         now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
@@ -261,7 +272,17 @@ pub(crate) fn attend_kernel<
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages];
-        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            UNIT_POS,
+            &key_source,
+            &value_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let mut weights = Vector::<u32, WP>::new(0u32);
         #[unroll]
         for block in 0..blocks {

@@ -117,3 +117,12 @@ pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {
 pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
     gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
 }
+
+/// The unit's number, asked for anew. What is computed from it inside of a loop stays there: compilers take what does not
+/// change out of loops, and then it takes registers from those that hold sums.
+#[cube]
+pub(crate) fn unit_again() -> u32 {
+    let unit: u32;
+    gpu_asm!("mov.u32 {x}, %tid.x;", x = out(_) unit);
+    unit
+}

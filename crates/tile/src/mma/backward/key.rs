@@ -33,7 +33,7 @@ use crate::{
         Blueprint, Numbers, SWIZZLE,
         ptx::{
             exp2_fast, global_address, load_shared_four, load_shared_pair, shared_address, store_shared_four,
-            turn_give, turn_wait,
+            turn_give, turn_wait, unit_again,
         },
         softmax::squash,
     },
@@ -257,6 +257,7 @@ fn slopes<WS: Size>(
 /// `present` on are zeros: they have no weight, but 0 x NaN is NaN.
 #[cube]
 fn copy_step(
+    unit: u32,
     source: u64,
     room: &[u32],
     #[comptime] starts: u32,
@@ -266,7 +267,7 @@ fn copy_step(
 ) {
     #[unroll]
     for panel in 0..comptime![tile.panels()] {
-        let place = place(UNIT_POS % comptime![tile.threads as u32], panel, tile);
+        let place = place(unit, panel, tile);
         let from = source + (place.column * 16u32) as u64;
         let at_once = comptime![tile.rows_at_once(panel)];
         #[unroll]
@@ -420,8 +421,15 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             + (batch * value_strides.batch + kv_head * value_strides.head) as u64 * 2u64,
         stride: value_strides.token,
     };
-    copy_tile(&key_source, start, key_len, base, resident);
-    copy_tile(&value_source, start, key_len, base + comptime![blueprint.query_bytes() as u32], resident);
+    copy_tile(UNIT_POS, &key_source, start, key_len, base, resident);
+    copy_tile(
+        UNIT_POS,
+        &value_source,
+        start,
+        key_len,
+        base + comptime![blueprint.query_bytes() as u32],
+        resident,
+    );
 
     let mut count = numbers.query_len * numbers.group;
     if comptime![blueprint.routed] {
@@ -515,6 +523,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         let present = entries_left - min(step * comptime![shape.keys as u32], entries_left);
         if present > 0u32 {
             if of_keys {
+                let unit = unit_again() % kind_threads;
                 let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
                 if notes {
                     room[(starts + unit) as usize] = row.query;
@@ -522,9 +531,9 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 }
                 turn_wait(LEFT, threads);
                 let to = ring + stage * comptime![blueprint.step_bytes()];
-                copy_step(query_source, &room, starts, present, to, step_tile);
+                copy_step(unit, query_source, &room, starts, present, to, step_tile);
                 let d_out_starts = comptime![starts + shape.keys as u32];
-                copy_step(d_out_source, &room, d_out_starts, present, to + gradients, step_tile);
+                copy_step(unit, d_out_source, &room, d_out_starts, present, to + gradients, step_tile);
                 lse_noted = lse[row.index as usize];
                 delta_noted = delta[row.index as usize];
                 let next = entries.begin + (step + 1u32) * comptime![shape.keys as u32] + unit;

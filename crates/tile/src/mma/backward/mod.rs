@@ -29,20 +29,21 @@ use crate::{
         Blueprint, Operand, Shape,
         launch::{ITEM_ROWS, aligned, numbers},
     },
+    visibility::Visibility,
 };
 
 /// What a cube may use of shared memory on an A100, and less than what it may on an H100.
-const LARGE: usize = 163 << 10;
+pub(super) const LARGE: usize = 163 << 10;
 
 /// Both kernels of a problem.
-struct Blueprints {
-    key: Blueprint,
-    query: Blueprint,
+pub(super) struct Blueprints {
+    pub(super) key: Blueprint,
+    pub(super) query: Blueprint,
 }
 
 /// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type, or no room
 /// for its tiles.
-fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) -> Option<Blueprints> {
+pub(super) fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) -> Option<Blueprints> {
     let (operand, dim) = (Operand::of(problem.element)?, problem.head_dim);
     let large = shared_memory >= LARGE;
     let blueprint = |rows, keys, warp_rows, stages| Blueprint {
@@ -59,22 +60,25 @@ fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) -> Option<B
         turns: false,
     };
     // Keys of a cube, rows of a step, keys of a warp. Rows are read from shared memory once per warp, keys once per warp and
-    // step: the more of both the better, but sums and scores share a thread's 255 registers.
+    // step: the more of both the better, but sums and scores share a thread's 255 registers. Where a key is seen by few
+    // rows, smaller tiles meet fewer that do not see it, and two cubes on a multiprocessor overlap their first and last
+    // steps.
+    let near = matches!(sight.visibility, Visibility::Window | Visibility::SinksAndWindow);
     let (keys, rows, warp_keys) = match dim {
         64 => (64, 64, 32),
-        96 | 128 if large => (128, 64, 32),
+        96 | 128 if large && !near => (128, 64, 32),
         96 | 128 => (64, 32, 32),
         256 if large => (64, 32, 16),
         _ => return None,
     };
-    // Keys of a tile, rows of a warp, tiles in the ring. Where shared memory is 164 KiB, two cubes have room with two tiles.
-    let item = ITEM_ROWS as usize;
+    // Keys of a tile, rows of a warp, tiles in the ring. Two cubes share the 164 KiB of an A100's multiprocessor.
     let (tile, warp_rows, stages) = match dim {
         64 => (32, 32, 4),
         96 | 128 if large && shared_memory < 2 * SHARED_MEMORY => (32, 32, 2),
         96 | 128 => (32, 32, 3),
         _ => (32, 16, 2),
     };
+    let item = ITEM_ROWS as usize;
     Some(Blueprints {
         key: blueprint(keys, rows, warp_keys, 2),
         query: blueprint(item, tile, warp_rows, stages),
@@ -184,4 +188,34 @@ pub(crate) fn launch(
         );
     }
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use bifocal_core::Element;
+
+    use super::*;
+
+    #[test]
+    fn tiles_fit_shared_memory() {
+        for (dim, ragged) in [64, 96, 128, 256].into_iter().flat_map(|dim| [(dim, false), (dim, true)]) {
+            let problem =
+                Problem::new([1, 1, 1, dim], [1, 1, 1, dim], Element::F16).expect("a possible problem");
+            for shared_memory in [SHARED_MEMORY, LARGE, 227 << 10] {
+                let sight = Sight { visibility: Visibility::All, routed: true, ragged };
+                let Some(Blueprints { key, query }) = blueprints(&problem, sight, shared_memory) else {
+                    assert!(dim == 256 && shared_memory == SHARED_MEMORY, "no kernel for head dim {dim}");
+                    continue;
+                };
+                assert!(key.key_room() as usize <= shared_memory, "{key:?}");
+                let noted = query.shape.rows * if ragged { 12 } else { 8 };
+                let room = query.query_room() as usize + noted;
+                assert!(room <= shared_memory, "{query:?}");
+                // 1 KiB per cube is the system's.
+                if shared_memory == LARGE && dim < 256 && !ragged {
+                    assert!(2 * (room + 1024) <= 164 << 10, "one cube per multiprocessor: {query:?}");
+                }
+            }
+        }
+    }
 }

@@ -23,7 +23,7 @@ use crate::{
         items::{
             Keys, bounds_of_row, item_of, keys_between, needs_mask, row_at, sees, sinks_begin, tile_start,
         },
-        ptx::{exp2_fast, global_address, shared_address},
+        ptx::{exp2_fast, global_address, shared_address, unit_again},
         softmax::squash,
     },
 };
@@ -190,7 +190,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     #[unroll]
     for step in 0..comptime![stages - 1] {
         let room = ring + comptime![step * blueprint.key_bytes() as u32];
-        copy_ahead(&value_source, &key_source, &keys, 0u32, step, room, &numbers, blueprint);
+        copy_ahead(UNIT_POS, &value_source, &key_source, &keys, 0u32, step, room, &numbers, blueprint);
     }
 
     let lane = UNIT_POS % 32u32;
@@ -217,7 +217,17 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages - 1];
-        copy_ahead(&value_source, &key_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            unit_again(),
+            &value_source,
+            &key_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let products = ptx::scores::<WS>(d_out_at, first_at + now, blueprint);
         before = now;
         now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
@@ -225,7 +235,17 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages];
-        copy_ahead(&value_source, &key_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            unit_again(),
+            &value_source,
+            &key_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let mut slopes = ptx::scores::<WS>(query_at, first_at + now, blueprint);
         #[unroll]
         for i in 0..comptime![blocks * shape.keys / 2] {

@@ -10,6 +10,7 @@ use crate::{
         Blueprint, NumbersLaunch,
         source::{Gpu, Sample, buffer, samples, target},
     },
+    visibility::Visibility,
 };
 
 /// Writes a kernel.
@@ -87,15 +88,21 @@ fn query_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
     gpu.compile(&kernel)
 }
 
-/// The CUDA C++ of both kernels of every case that [`samples`] asks for, with a softcap besides, for the A100; of the routed
-/// ones for the H100; of one for consumer cards, whose cubes have less shared memory. With names and architectures.
+/// The CUDA C++ of both kernels of the cases that [`samples`] asks for: for the A100 all of head dim 128, one with a softcap
+/// besides, and the plain routed ones of other head dims; for the H100 full attention; one for consumer cards, whose cubes
+/// have less shared memory. With names and architectures.
 pub(crate) fn sources() -> impl Iterator<Item = (String, Source)> {
     let plain = |sample: &Sample| sample.routed && !sample.ragged;
-    let one = || samples().find(|sample| plain(sample) && sample.problem.head_dim == 128);
-    let capped =
-        one().and_then(|sample| Some(Sample { problem: sample.problem.with_softcap(1.0).ok()?, ..sample }));
-    let on_a100 = samples().chain(capped).map(|sample| (Gpu::A100, LARGE, "", sample));
-    let on_h100 = samples().filter(plain).map(|sample| (Gpu::H100, 227 << 10, "", sample));
+    let full = move |sample: &Sample| plain(sample) && sample.visibility == Visibility::All;
+    let one = || samples().find(|sample| full(sample) && sample.problem.head_dim == 128);
+    let capped = one().and_then(|sample| {
+        let problem = sample.problem.with_softcap(1.0).ok()?;
+        Some(Sample { problem, ..sample })
+    });
+    let on_a100 =
+        samples().filter(move |sample| sample.problem.head_dim == 128 || plain(sample)).chain(capped);
+    let on_a100 = on_a100.map(|sample| (Gpu::A100, LARGE, "", sample));
+    let on_h100 = samples().filter(full).map(|sample| (Gpu::H100, 227 << 10, "", sample));
     let on_small = one().map(|sample| (Gpu::A100, SHARED_MEMORY, "-small", sample));
     on_a100.chain(on_h100).chain(on_small).flat_map(|(gpu, shared_memory, room, sample)| {
         let of_both = blueprints(&sample.problem, sample.sight(), shared_memory);
