@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use super::ptx;
-use crate::tensor_core::{PANEL, SWIZZLE, gather::swizzled, ptx::copy_16};
+use crate::tensor_core::{PANEL, SWIZZLE, ptx::copy_16, swizzled};
 
 /// Keys or values of an item's list.
 #[derive(CubeType, Clone, Copy)]

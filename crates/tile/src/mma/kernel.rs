@@ -25,7 +25,6 @@ use crate::{
         items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
         ptx::{global_address, shared_address},
         softmax::{Positions, Softmax, fold, pack_weights},
-        swizzled,
     },
     visibility::Bounds,
 };
