@@ -312,7 +312,8 @@ impl<'a> Bench<'a> {
         format!("{}{backward}", case.name())
     }
 
-    /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the kernels.
+    /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the
+    /// kernels.
     fn differentiate(
         &self,
         set: &Set,
@@ -342,8 +343,8 @@ impl<'a> Bench<'a> {
         Ok(ticks.duration())
     }
 
-    /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients 10 D
-    /// more: the score again, and the gradients of weight, query, key and value.
+    /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients
+    /// 10 D more: the score again, and the gradients of weight, query, key and value.
     fn useful_flop(&self, case: CaseName) -> Option<f64> {
         let Problem { batch, heads, query_len, key_len, .. } = self.problem;
         let near = Reach::Window(self.window);

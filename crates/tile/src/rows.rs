@@ -21,7 +21,8 @@ pub(crate) struct Sight {
     pub(crate) ragged: bool,
 }
 
-/// The rows of a kv head, packed over its query heads (`token * group + head`): all of them, or a list of a dispatch plan.
+/// The rows of a kv head, packed over its query heads (`token * group + head`): all of them, or a list of a dispatch
+/// plan.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(crate) struct List {
@@ -61,8 +62,8 @@ pub(crate) struct Entries {
 }
 
 /// The entries of a list that hold every row that sees a key of `first..=last`. Bounds ascend along a list, so that the
-/// two ends are found by bisection, or by `planes` of 32 units, all of which call this. Rows in between may see none of the keys: those of a sequence that ends before
-/// `first`, or between the sinks and the window of another.
+/// two ends are found by bisection, or by `planes` of 32 units, all of which call this. Rows in between may see none of
+/// the keys: those of a sequence that ends before `first`, or between the sinks and the window of another.
 #[cube]
 pub(crate) fn entries_that_see(
     list: &List,
@@ -99,8 +100,8 @@ pub(crate) fn entries_that_see(
     Entries { begin, end }
 }
 
-/// The first entry whose row's position, or else the first key of its sequence, is at least `bound`; the number of entries
-/// where there is none.
+/// The first entry whose row's position, or else the first key of its sequence, is at least `bound`; the number of
+/// entries where there is none.
 #[cube]
 fn entry_from(
     list: &List,
@@ -165,8 +166,8 @@ pub(crate) fn sees(row: &Bounds, key: i32, window: i32, sinks: i32, #[comptime] 
 /// Whether all rows whose bounds lie between those of two see all keys `first..=last`.
 #[cube]
 pub(crate) fn all_see(
-    lowest: &Bounds,
-    highest: &Bounds,
+    lowest: Bounds,
+    highest: Bounds,
     first: i32,
     last: i32,
     window: i32,

@@ -184,8 +184,8 @@ fn with_router(timings: &[Timing]) -> Vec<Timing> {
     .collect()
 }
 
-/// Useful GFLOP/s of the fastest dense attention that any file has for this device, element type and head dim, forward or
-/// with the backward pass.
+/// Useful GFLOP/s of the fastest dense attention that any file has for this device, element type and head dim, forward
+/// or with the backward pass.
 fn best_dense_rate(ours: &Report, reports: &[Report], backward: bool) -> Option<f64> {
     let alike = |report: &&Report| {
         report.device == ours.device && report.element == ours.element && report.head_dim == ours.head_dim

@@ -1,4 +1,5 @@
-//! Copies of tiles from global to shared memory, into panels of the 128-byte swizzle, by all threads of a cube or by some.
+//! Copies of tiles from global to shared memory, into panels of the 128-byte swizzle, by all threads of a cube or by
+//! some.
 
 use cubecl::prelude::*;
 
@@ -64,8 +65,8 @@ pub(super) fn place(unit: u32, #[comptime] panel: usize, #[comptime] tile: Tile)
     Place { row, column, offset: row * comptime![SWIZZLE as u32] + swizzled(row, column) }
 }
 
-/// Starts the copy of the keys or values from `start` on to `room`. Those from `end` on are zeros: no row sees them, but
-/// 0 x NaN is NaN.
+/// Starts the copy of the keys or values from `start` on to `room`. Those from `end` on are zeros: no row sees them,
+/// but 0 x NaN is NaN.
 #[cube]
 pub(super) fn copy_tile(unit: u32, source: &Source, start: u32, end: u32, room: u32, #[comptime] tile: Tile) {
     #[unroll]

@@ -1,5 +1,5 @@
-//! Instructions that tensor-core routines share, as functions: arithmetic, addresses, copies, stores. Everything that is
-//! PTX text lives in such modules, so that a later CubeCL with a frontend of its own for these can take its place.
+//! Instructions that tensor-core routines share, as functions: arithmetic, addresses, copies, stores. Everything that
+//! is PTX text lives in such modules, so that a later CubeCL with a frontend of its own for these can take its place.
 //! Addresses of shared memory are 32 bits wide.
 
 use cubecl::prelude::*;
@@ -118,8 +118,8 @@ pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
     gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
 }
 
-/// The unit's number, asked for anew. What is computed from it inside of a loop stays there: compilers take what does not
-/// change out of loops, and then it takes registers from those that hold sums.
+/// The unit's number, asked for anew. What is computed from it inside of a loop stays there: compilers take what does
+/// not change out of loops, and then it takes registers from those that hold sums.
 #[cube]
 pub(crate) fn unit_again() -> u32 {
     let unit: u32;

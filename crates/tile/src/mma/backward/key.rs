@@ -1,16 +1,17 @@
 //! Gradients of keys and values: one cube, one tile of keys of one kv head, which meets the rows that see them, of all
 //! query heads that share them.
 //!
-//! Scores are computed transposed, `S^T = K Q^T`: a warp then has its own keys' weights in the registers that the product
-//! with `dO` takes them from. Two kinds of warps share the work, and there is one of each for the same keys. A **value
-//! warp** computes scores, from them weights, and sums `dV += P^T dO`. A **key warp** computes `V dO^T`, makes slopes of it
-//! with the weights, which the other one leaves in shared memory, and sums `dK += dS^T Q`. Either holds one gradient, so
-//! that there is room for 32 keys: what is read of rows serves twice as many products as it would in a warp that holds both.
+//! Scores are computed transposed, `S^T = K Q^T`: a warp then has its own keys' weights in the registers that the
+//! product with `dO` takes them from. Two kinds of warps share the work, and there is one of each for the same keys. A
+//! **value warp** computes scores, from them weights, and sums `dV += P^T dO`. A **key warp** computes `V dO^T`, makes
+//! slopes of it with the weights, which the other one leaves in shared memory, and sums `dK += dS^T Q`. Either holds
+//! one gradient, so that there is room for 32 keys: what is read of rows serves twice as many products as it would in a
+//! warp that holds both.
 //!
 //! Both do the same at the same time, on other operands: the second product of a tile, then the first of the next. Of a
-//! tile's two halves value warps have the first to wait for their weights' exponentials, and key warps the second for the
-//! weights, so one kind's products fill the other's gaps. Key warps copy rows, gathered by index, into the places of those
-//! that both kinds have left.
+//! tile's two halves value warps have the first to wait for their weights' exponentials, and key warps the second for
+//! the weights, so one kind's products fill the other's gaps. Key warps copy rows, gathered by index, into the places
+//! of those that both kinds have left.
 //!
 //! In the blueprint the keys take the place of rows, as they do in the products: `rows` are the keys of the cube,
 //! `warp_rows` those of a warp, `keys` the rows of a step, `stages` is 2.
@@ -50,14 +51,15 @@ const LEFT: u32 = 1;
 /// Named barrier: the key warps have taken their weights.
 const TAKEN: u32 = 2;
 
-/// What is noted of the rows of a step, one after the other: exponents, deltas, positions, in ragged batches first keys.
+/// What is noted of the rows of a step, one after the other: exponents, deltas, positions, in ragged batches first
+/// keys.
 const EXPONENTS: usize = 0;
 const DELTAS: usize = 1;
 const POSITIONS: usize = 2;
 const FIRSTS: usize = 3;
 
-/// Shared memory, in bytes: keys, values; rows of two steps, queries before gradients; weights; notes of two steps; where
-/// the rows to be copied begin, queries before gradients.
+/// Shared memory, in bytes: keys, values; rows of two steps, queries before gradients; weights; notes of two steps;
+/// where the rows to be copied begin, queries before gradients.
 impl Blueprint {
     const fn rows_at(self) -> u32 {
         2 * self.query_bytes() as u32
@@ -161,7 +163,7 @@ fn hide<WS: Size>(
     let key_len = numbers.first_position + numbers.query_len as i32;
     let last_key = min(warp.first_key + comptime![blueprint.warp_rows as i32], key_len) - 1;
     let sight = comptime![blueprint.sight()];
-    if !all_see(&first, &last, warp.first_key, last_key, numbers.window, numbers.sinks, sight) {
+    if !all_see(first, last, warp.first_key, last_key, numbers.window, numbers.sinks, sight) {
         let lane = UNIT_POS % 32u32;
         let first_key = warp.first_key + (lane / 4u32) as i32;
         #[unroll]
@@ -253,8 +255,8 @@ fn slopes<WS: Size>(
     slopes
 }
 
-/// Starts the copies of the rows whose places are noted: queries, or gradients, by the threads of the key warps. Those from
-/// `present` on are zeros: they have no weight, but 0 x NaN is NaN.
+/// Starts the copies of the rows whose places are noted: queries, or gradients, by the threads of the key warps. Those
+/// from `present` on are zeros: they have no weight, but 0 x NaN is NaN.
 #[cube]
 fn copy_step(
     unit: u32,
@@ -473,8 +475,8 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             + warp_of_kind * comptime![(blueprint.warp_rows * shape.keys * 4) as u32]
             + lane * 16u32,
     };
-    // Value warps multiply keys and queries, then weights and gradients; key warps values and gradients, then slopes and
-    // queries.
+    // Value warps multiply keys and queries, then weights and gradients; key warps values and gradients, then slopes
+    // and queries.
     let ring = base + comptime![blueprint.rows_at()];
     let gradients = comptime![blueprint.key_bytes() as u32];
     let resident_at = base

@@ -1,7 +1,7 @@
 //! The backward pass on tensor cores: one kernel for the gradients of keys and values, one for those of queries.
 //!
-//! FlashAttention-2's (arXiv 2307.08691, section 3.1.2), cut in two so that every gradient has one owner that sums it in a
-//! fixed order: two products more than the five that there are, and no atomics. What the sums are is in
+//! FlashAttention-2's (arXiv 2307.08691, section 3.1.2), cut in two so that every gradient has one owner that sums it
+//! in a fixed order: two products more than the five that there are, and no atomics. What the sums are is in
 //! `portable::backward`; rows without weights, and gradients that are not finite, are in `parts`.
 
 mod key;
@@ -41,8 +41,8 @@ pub(super) struct Blueprints {
     pub(super) query: Blueprint,
 }
 
-/// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type, or no room
-/// for its tiles.
+/// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type, or no
+/// room for its tiles.
 pub(super) fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) -> Option<Blueprints> {
     let (operand, dim) = (Operand::of(problem.element)?, problem.head_dim);
     let large = shared_memory >= LARGE;
@@ -60,10 +60,10 @@ pub(super) fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) 
         item_stages: 1,
         turns: false,
     };
-    // Keys of a cube, rows of a step, keys of a warp. Rows are read from shared memory once per warp, keys once per warp and
-    // step: the more of both the better, but sums and scores share a thread's 255 registers. Where a key is seen by few
-    // rows, smaller tiles meet fewer that do not see it, and two cubes on a multiprocessor overlap their first and last
-    // steps.
+    // Keys of a cube, rows of a step, keys of a warp. Rows are read from shared memory once per warp, keys once per
+    // warp and step: the more of both the better, but sums and scores share a thread's 255 registers. Where a key is
+    // seen by few rows, smaller tiles meet fewer that do not see it, and two cubes on a multiprocessor overlap their
+    // first and last steps.
     let near = matches!(sight.visibility, Visibility::Window | Visibility::SinksAndWindow);
     let (keys, rows, warp_keys) = match dim {
         64 => (64, 64, 32),

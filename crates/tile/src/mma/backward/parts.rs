@@ -43,7 +43,8 @@ pub(super) fn row_of_id(
     }
 }
 
-/// What is added to a score's exponent of two to make it a weight: `-lse log2 e`. All weights of a row without keys are 0.
+/// What is added to a score's exponent of two to make it a weight: `-lse log2 e`. All weights of a row without keys are
+/// 0.
 #[cube]
 pub(super) fn exponent_of(lse: f32, invalid: bool, numbers: &Numbers) -> f32 {
     let exponent = select(lse == numbers.neg_inf, lse, -(lse * std::f32::consts::LOG2_E));
@@ -118,8 +119,8 @@ pub(super) struct Pair {
 
 /// One pair, from memory, by all threads of a warp.
 ///
-/// A product takes every row and every key of a tile, and 0 x NaN is NaN: what is not finite spoils the gradients of keys
-/// and rows that do not meet it. Such gradients are computed again from pairs that do meet.
+/// A product takes every row and every key of a tile, and 0 x NaN is NaN: what is not finite spoils the gradients of
+/// keys and rows that do not meet it. Such gradients are computed again from pairs that do meet.
 #[cube]
 pub(super) fn pair_of<E: Float>(
     query: &[E],

@@ -34,8 +34,8 @@ impl Blueprint {
         2 * self.query_bytes() as u32 + self.stages * self.key_bytes() as u32
     }
 
-    /// Where it is noted where rows begin until they are being copied, in words: in the ring's last place, which is filled
-    /// last.
+    /// Where it is noted where rows begin until they are being copied, in words: in the ring's last place, which is
+    /// filled last.
     const fn row_starts_at(self) -> u32 {
         (self.query_room() - self.key_bytes() as u32) / 4
     }
@@ -101,8 +101,8 @@ fn redo<E: Float>(
     }
 }
 
-/// One item per cube; cubes beyond the last item leave at once. `WS`, `WP` and `WO` count a thread's scores, packed slopes
-/// and sums of all rows of its warp.
+/// One item per cube; cubes beyond the last item leave at once. `WS`, `WP` and `WO` count a thread's scores, packed
+/// slopes and sums of all rows of its warp.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     query: &[E],

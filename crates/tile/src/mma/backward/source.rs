@@ -88,9 +88,9 @@ fn query_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
     gpu.compile(&kernel)
 }
 
-/// The CUDA C++ of both kernels of the cases that [`samples`] asks for: for the A100 all of head dim 128, one with a softcap
-/// besides, and the plain routed ones of other head dims; for the H100 full attention; one for consumer cards, whose cubes
-/// have less shared memory. With names and architectures.
+/// The CUDA C++ of both kernels of the cases that [`samples`] asks for: for the A100 all of head dim 128, one with a
+/// softcap besides, and the plain routed ones of other head dims; for the H100 full attention; one for consumer cards,
+/// whose cubes have less shared memory. With names and architectures.
 pub(crate) fn sources() -> impl Iterator<Item = (String, Source)> {
     let plain = |sample: &Sample| sample.routed && !sample.ragged;
     let full = move |sample: &Sample| plain(sample) && sample.visibility == Visibility::All;
