@@ -38,6 +38,13 @@ bench 96 --heads 16 --head-dim 96 --lengths 16384 --cases full,windowed
 bench 256 --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed
 bench 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases full,router,aha
 
+# Ours, forward and backward.
+attention=full,windowed,aha,l2a
+bench 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768 --cases $attention --backward
+bench 128-backward-mma --heads 16 --head-dim 128 --lengths 4096,16384 --cases full,windowed --backward --routine mma
+bench 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed --backward
+bench 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed --backward
+
 # Others, at the same shapes.
 peers() { python3 peers/torch_cuda.py "${@:2}" --json "results/torch-$1.json"; }
 dense=sdpa_flash,sdpa_cudnn
@@ -47,6 +54,9 @@ peers 64 --heads 16 --head-dim 64 --lengths 16384 --cases $dense,flex_window
 peers 96 --heads 16 --head-dim 96 --lengths 16384 --cases $dense,flex_window
 peers 256 --heads 16 --head-dim 256 --lengths 16384 --cases $dense,flex_window
 peers 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases $dense,flex_full
+peers 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768 --cases $dense --backward
+peers 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases $dense --backward
+peers 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases $dense --backward
 
 # Both, side by side.
 ./bifocal compare results/ours-*.json results/torch-*.json --markdown results/compare.md --plot results/compare.svg

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Times PyTorch's attention on an NVIDIA GPU, forward: dense causal SDPA (flash and cuDNN) and FlexAttention.
+"""Times PyTorch's attention on an NVIDIA GPU: dense causal SDPA (flash and cuDNN) and FlexAttention.
 
 The numbers to hold `bifocal bench --device cuda --element bf16` against: the same shapes, device events around each
 call, inputs that rotate through more memory than the caches hold, and field names alike. Needs PyTorch with CUDA;
@@ -11,6 +11,9 @@ run is listed with its reason.
   flex_window   FlexAttention, compiled, with a block mask of the window (compare with `windowed`)
   flex_full     FlexAttention, compiled, causal
   flex_aha      FlexAttention, compiled, with a block mask of AHA's random routes (compare with `aha`)
+
+With --backward each is timed together with the gradients of query, key and value, as `sdpa_flash-backward` and so on
+(compare with `bifocal bench --backward`).
 """
 
 import argparse
@@ -82,6 +85,17 @@ def prepare(case, length, window, heads, far):
     return flex(length, window, heads, far)
 
 
+def differentiated(call, d_out):
+    """The call, and the gradients of its inputs."""
+
+    def both(q, k, v):
+        out = call(q, k, v)
+        torch.autograd.grad(out, (q, k, v), d_out)
+        return out.detach()
+
+    return both
+
+
 def measure(call, sets, runs):
     """Milliseconds of the first call and of each timed run, by device events.
 
@@ -133,6 +147,7 @@ def arguments():
     parser.add_argument("--window", type=int, default=256, help="keys, the query's own included")
     parser.add_argument("--far-share", type=float, default=0.067, help="share of token-heads that look far (flex_aha)")
     parser.add_argument("--cases", type=lambda text: text.split(","), default=CASES, help=",".join(CASES))
+    parser.add_argument("--backward", action="store_true", help="time forward and backward pass together")
     parser.add_argument("--runs", type=int, default=21, help="timed runs per case; the median is reported")
     parser.add_argument("--json", metavar="FILE", help="write the JSON there instead of to standard output")
     args = parser.parse_args()
@@ -144,11 +159,15 @@ def arguments():
     return args
 
 
-@torch.inference_mode()
 def main():
     args = arguments()
     if not torch.cuda.is_available():
         sys.exit("no CUDA device, or a PyTorch without CUDA")
+    with torch.inference_mode(not args.backward):
+        run(args)
+
+
+def run(args):
     torch.manual_seed(0)
     timings, left_out = [], []
     for length in args.lengths:
@@ -157,10 +176,14 @@ def main():
         size = 2 * args.batch * (args.heads + 2 * args.kv_heads) * length * args.head_dim
         # Outputs and, in f32, log-sum-exps are written besides.
         useful_bytes = size + args.batch * args.heads * length * (2 * args.head_dim + 4)
+        if args.backward:
+            # Once more all of that, the outputs' gradients, and those of the inputs.
+            useful_bytes += useful_bytes + 2 * args.batch * args.heads * length * args.head_dim + size
         turns = max(1, min(16, -(-ROTATION_BYTES // size)))
 
         def draw(shape):
-            return torch.empty(shape, device="cuda", dtype=torch.bfloat16).uniform_(-1.7, 1.7)
+            drawn = torch.empty(shape, device="cuda", dtype=torch.bfloat16).uniform_(-1.7, 1.7)
+            return drawn.requires_grad_(args.backward)
 
         sets = [[draw(query), draw(key), draw(key)] for _ in range(turns)]
         for case in args.cases:
@@ -170,8 +193,10 @@ def main():
                 far = torch.rand((args.heads, length), device="cuda") < args.far_share
             try:
                 call = prepare(case, length, window, args.heads, far)
+                if args.backward:
+                    call = differentiated(call, draw(query).detach())
                 first, times = measure(call, sets, args.runs)
-                error = error_of(call(*sets[0]), *sets[0], window, far)
+                error = error_of(call(*sets[0]), *[part.detach() for part in sets[0]], window, far)
             # A missing backend, kernel or compiler shows as one of many types, and must not end the other cases.
             except Exception as reason:
                 left_out.append({"case": case, "length": length, "reason": str(reason).strip().splitlines()[:1]})
@@ -181,10 +206,12 @@ def main():
             if not error < 0.05:
                 sys.exit(f"{case} at {length} is off by {error}: it computes something else")
             flop = 4.0 * args.head_dim * useful_pairs(length, window, args.heads, far) * args.batch
+            if args.backward:
+                flop *= 3.5
             median = statistics.median_low(times)
             timings.append(
                 {
-                    "case": case,
+                    "case": f"{case}-backward" if args.backward else case,
                     "length": length,
                     "first_call_ms": first,
                     "median_ms": median,

@@ -4,8 +4,8 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Full, Inputs, L2a, LinearGate, Partial, Problem, RandomRouter,
-    Reach, Router, Routine, Rows, Tensor, Window, Windowed, cubecl,
+    Aha, AttentionOperator, DeviceProfile, Full, Gradients, Inputs, L2a, LinearGate, Partial, Problem,
+    RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
 use cubecl::client::Client;
@@ -48,6 +48,9 @@ pub(crate) struct Options {
     /// Cases to time; all unless given.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
+    /// Time attention's forward and backward pass together; routers learn nothing from it.
+    #[arg(long)]
+    backward: bool,
     /// Timed runs per case; the median is reported.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -94,8 +97,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     for &length in &shape.lengths {
         let bench = Bench::new(&client, options, length)?;
         for &case in cases {
-            bar.set_message(format!("{} at {length}", case.name()));
-            timings.push(bench.time(case).with_context(|| format!("{} at {length}", case.name()))?);
+            let message = format!("{} at {length}", bench.name(case));
+            bar.set_message(message.clone());
+            timings.push(bench.time(case).context(message)?);
             bar.inc(1);
         }
     }
@@ -158,14 +162,20 @@ impl CaseName {
             CaseName::L2a => "l2a",
         }
     }
+
+    /// Whether it is attention, which has gradients.
+    fn attends(self) -> bool {
+        !matches!(self, CaseName::Router | CaseName::Plan)
+    }
 }
 
-/// Query, key, value and hidden states of one turn of the rotation.
+/// Query, key, value, hidden states and the gradient of the outputs of one turn of the rotation.
 struct Set {
     query: Tensor<4>,
     key: Tensor<4>,
     value: Tensor<4>,
     hidden: Tensor<3>,
+    d_out: Tensor<4>,
 }
 
 /// Everything that is timed at one length.
@@ -173,7 +183,7 @@ struct Bench<'a> {
     client: &'a Client,
     options: &'a Options,
     problem: Problem,
-    routine: Routine,
+    routine: String,
     window: Window,
     gate: LinearGate,
     by_head: RandomRouter,
@@ -188,7 +198,11 @@ impl<'a> Bench<'a> {
         let (query, key, hidden) = (shape.query(length), shape.key(length), shape.hidden(length));
         let (problem, element) = (shape.problem(length)?, shape.element());
         // What does not run at all says so before minutes are spent on drawing inputs.
-        let routine = Full.choose(&problem, &DeviceProfile::of(client))?;
+        let profile = DeviceProfile::of(client);
+        let mut routine = Full.choose(&problem, &profile)?.to_string();
+        if options.backward {
+            routine = format!("{routine}, {}", Full.choose_backward(&problem, &profile)?);
+        }
         let mut rng = SmallRng::seed_from_u64(0);
         let mut draw = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.7f32..1.7)).collect() };
         let size = |shape: &[usize]| shape.iter().product::<usize>();
@@ -196,7 +210,7 @@ impl<'a> Bench<'a> {
         let turns = ROTATION_BYTES.div_ceil(bytes).clamp(1, 16);
         // The same numbers at other addresses are as cold as other numbers.
         let (q, k, v) = (draw(size(&query)), draw(size(&key)), draw(size(&key)));
-        let h = draw(size(&hidden));
+        let (h, o) = (draw(size(&hidden)), draw(size(&query)));
         let sets = (0..turns)
             .map(|_| {
                 Ok(Set {
@@ -204,6 +218,7 @@ impl<'a> Bench<'a> {
                     key: Tensor::from_f32(client, key, element, &k)?,
                     value: Tensor::from_f32(client, key, element, &v)?,
                     hidden: Tensor::from_f32(client, hidden, element, &h)?,
+                    d_out: Tensor::from_f32(client, query, element, &o)?,
                 })
             })
             .collect::<Result<_>>()?;
@@ -230,9 +245,12 @@ impl<'a> Bench<'a> {
         let by_token = self.by_token.route(client, hidden)?;
         let call = |set: &Set| -> bifocal::Result<()> {
             let inputs = Inputs::new(set.query.view(), set.key.view(), set.value.view());
-            let problem = &self.problem;
+            let (problem, partial) = (&self.problem, &self.partial);
             let all = |operator: &dyn AttentionOperator| {
-                operator.attend(client, problem, &inputs, Rows::All, &self.partial).map(|_| ())
+                operator.attend(client, problem, &inputs, Rows::All, partial)?;
+                self.differentiate(set, partial, |saved, gradients| {
+                    operator.backward(client, problem, &inputs, Rows::All, saved, gradients).map(|_| ())
+                })
             };
             match case {
                 CaseName::Windowed => all(&Windowed::new(self.window)),
@@ -241,11 +259,21 @@ impl<'a> Bench<'a> {
                 CaseName::Plan => bifocal::plan(client, problem, &by_head.routes).map(|_| ()),
                 CaseName::Aha => {
                     let aha = Aha::new(self.window);
-                    aha.attend_into(client, problem, &inputs, &by_head.routes, &self.partial)
+                    let (plan, branches) = (bifocal::plan(client, problem, &by_head.routes)?, aha.branches());
+                    bifocal::attend_planned(client, problem, &inputs, &plan, &branches, partial)?;
+                    self.differentiate(set, partial, |saved, gradients| {
+                        let (inputs, plan) = (&inputs, &plan);
+                        bifocal::backward_selected(client, problem, inputs, plan, &branches, saved, gradients)
+                    })
                 }
                 CaseName::L2a => {
-                    let l2a = L2a::new(self.window);
-                    l2a.global(client, problem, &inputs, &by_token.routes).map(|_| ())
+                    let partial = L2a::new(self.window).global(client, problem, &inputs, &by_token.routes)?;
+                    self.differentiate(set, &partial, |saved, gradients| {
+                        // The branch keeps its plan to itself.
+                        let plan = bifocal::plan(client, problem, &by_token.routes)?;
+                        let rows = plan.far_rows()?;
+                        Full.backward(client, problem, &inputs, rows, saved, gradients).map(|_| ())
+                    })
                 }
             }
         };
@@ -265,9 +293,9 @@ impl<'a> Bench<'a> {
         let median = times[times.len() / 2];
         let useful_flop = self.useful_flop(case);
         Ok(Timing {
-            case: case.name().into(),
+            case: self.name(case),
             length: self.problem.query_len,
-            routine: Some(self.routine.to_string()),
+            routine: Some(self.routine.clone()),
             first_call_ms: first_call.as_secs_f64() * 1e3,
             median_ms: median.as_secs_f64() * 1e3,
             fastest_ms: times[0].as_secs_f64() * 1e3,
@@ -276,6 +304,29 @@ impl<'a> Bench<'a> {
             useful_gflops: useful_flop.map(|flop| flop / median.as_secs_f64() / 1e9),
             useful_bytes: Some(self.useful_bytes(case) as f64),
         })
+    }
+
+    /// What the case is called in reports.
+    fn name(&self, case: CaseName) -> String {
+        let backward = if self.options.backward && case.attends() { "-backward" } else { "" };
+        format!("{}{backward}", case.name())
+    }
+
+    /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the
+    /// kernels.
+    fn differentiate(
+        &self,
+        set: &Set,
+        partial: &Partial,
+        backward: impl FnOnce(&Saved<'_>, &Gradients) -> bifocal::Result<()>,
+    ) -> bifocal::Result<()> {
+        if !self.options.backward {
+            return Ok(());
+        }
+        let d_out = set.d_out.view();
+        let delta = bifocal::dot_rows(self.client, &self.problem, partial.out.view(), d_out)?;
+        let gradients = Gradients::zeros(self.client, &self.problem, false)?;
+        backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)
     }
 
     /// Device events on a GPU; the clock around launch and completion on a CPU, whose launches are its work.
@@ -292,7 +343,8 @@ impl<'a> Bench<'a> {
         Ok(ticks.duration())
     }
 
-    /// 4 D floating-point operations for every pair of a query and a key that it sees by its route.
+    /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients
+    /// 10 D more: the score again, and the gradients of weight, query, key and value.
     fn useful_flop(&self, case: CaseName) -> Option<f64> {
         let Problem { batch, heads, query_len, key_len, .. } = self.problem;
         let near = Reach::Window(self.window);
@@ -316,7 +368,8 @@ impl<'a> Bench<'a> {
                 if far { pairs(Reach::All, token as usize) } else { 0.0 }
             }),
         };
-        Some(2.0 * (self.problem.head_dim + self.problem.value_dim) as f64 * pairs)
+        let flop = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64 * pairs;
+        Some(if self.options.backward { 3.5 * flop } else { flop })
     }
 
     /// The share of routes that came out far, where a case has routes.
@@ -339,10 +392,15 @@ impl<'a> Bench<'a> {
     fn useful_bytes(&self, case: CaseName) -> usize {
         let size = |shape: &[usize]| shape.iter().product::<usize>();
         let Problem { batch, heads, query_len, element, .. } = self.problem;
-        let Set { query, key, value, hidden } = &self.sets[0];
+        let Set { query, key, value, hidden, .. } = &self.sets[0];
         let inputs = size(&query.shape()) + size(&key.shape()) + size(&value.shape());
-        let attention = (inputs + size(&self.problem.out_shape())) * element.size()
-            + size(&self.problem.lse_shape()) * size_of::<f32>();
+        let out = size(&self.problem.out_shape());
+        let mut attention =
+            (inputs + out) * element.size() + size(&self.problem.lse_shape()) * size_of::<f32>();
+        if self.options.backward {
+            // Once more all of that and the outputs' gradients, and the gradients of the inputs in f32.
+            attention += attention + out * element.size() + inputs * size_of::<f32>();
+        }
         let routes = |heads: usize| batch * heads * query_len;
         match case {
             CaseName::Windowed | CaseName::Full => attention,

@@ -42,6 +42,7 @@ pub fn supports_backward(
         return Err(Refusal::NotAsked);
     }
     match routine {
+        Routine::Mma => mma::backward::supports(problem, profile),
         Routine::Portable => portable::supports(problem, profile),
         _ => Err(Refusal::NotImplemented),
     }
@@ -218,10 +219,21 @@ pub fn backward(
     let profile = DeviceProfile::of(client);
     let mut refusals = Vec::new();
     for routine in Routine::ALL {
-        match supports_backward(routine, problem, &profile) {
+        let takes = supports_backward(routine, problem, &profile).and_then(|()| match routine {
+            Routine::Mma => mma::backward::takes(problem, inputs, saved),
+            _ => Ok(()),
+        });
+        match takes {
             Ok(()) => {
                 let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                portable::backward::launch(client, &profile, problem, inputs, &work, saved, gradients);
+                match routine {
+                    Routine::Mma => {
+                        mma::backward::launch(client, &profile, problem, inputs, &work, saved, gradients);
+                    }
+                    _ => {
+                        portable::backward::launch(client, &profile, problem, inputs, &work, saved, gradients)
+                    }
+                }
                 sinks::launch(client, problem, inputs, &work, saved, gradients);
                 return Ok(routine);
             }

@@ -27,9 +27,11 @@ pub(crate) struct Options {
 }
 
 /// The cases of other libraries, and which of ours they stand beside.
-const PEERS: [(&str, &[&str]); 7] = [
+const PEERS: [(&str, &[&str]); 9] = [
     ("sdpa_cudnn", &["full", "aha", WITH_ROUTER, "l2a"]),
     ("sdpa_flash", &["full", "aha", WITH_ROUTER, "l2a"]),
+    ("sdpa_cudnn-backward", &["full-backward", "aha-backward", "l2a-backward"]),
+    ("sdpa_flash-backward", &["full-backward", "aha-backward", "l2a-backward"]),
     ("flex_full", &["full"]),
     ("flex_window", &["windowed"]),
     ("flex_aha", &["aha", WITH_ROUTER]),
@@ -39,6 +41,9 @@ const PEERS: [(&str, &[&str]); 7] = [
 
 /// Those that compute dense causal attention: the yardstick of what a device can do.
 const DENSE: [&str; 4] = ["full", "sdpa_cudnn", "sdpa_flash", "flex_full"];
+
+/// What the name of a case ends with that has a backward pass too.
+const BACKWARD: &str = "-backward";
 
 /// AHA and the router that decides for it: the sum of two medians.
 const WITH_ROUTER: &str = "aha + router";
@@ -94,10 +99,10 @@ fn join(reports: &[Report]) -> Result<Vec<Section>> {
     if ours.is_empty() {
         bail!("none of the files is from `bifocal bench`");
     }
-    Ok(ours.into_iter().map(|ours| section(ours, &peers, best_dense_rate(ours, reports))).collect())
+    Ok(ours.into_iter().map(|ours| section(ours, &peers, reports)).collect())
 }
 
-fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section {
+fn section(ours: &Report, peers: &[&Report], reports: &[Report]) -> Section {
     let beside: Vec<&Report> = peers.iter().copied().filter(|peer| same_shape(ours, peer)).collect();
     let mut timings: Vec<Timing> = ours.timings.iter().cloned().chain(with_router(&ours.timings)).collect();
     // Case by case, in the order in which cases first come.
@@ -129,7 +134,7 @@ fn section(ours: &Report, peers: &[&Report], dense_rate: Option<f64>) -> Section
             useful_bytes: timing.useful_bytes,
             over_ideal: timing
                 .useful_flop
-                .zip(dense_rate)
+                .zip(best_dense_rate(ours, reports, timing.case.ends_with(BACKWARD)))
                 .map(|(flop, rate)| timing.median_ms * 1e6 * rate / flop),
             peers: columns.iter().map(|(peer, cases)| ms(timing, peer, cases)).collect(),
         })
@@ -159,7 +164,7 @@ fn same_routes(ours: &Report, timing: &Timing, other: &Timing) -> bool {
 }
 
 fn depends_on_window(peer: &str) -> bool {
-    !DENSE.contains(&peer)
+    !DENSE.contains(&peer.trim_end_matches(BACKWARD))
 }
 
 /// `aha` and `router` as one, at each length that has both.
@@ -179,13 +184,17 @@ fn with_router(timings: &[Timing]) -> Vec<Timing> {
     .collect()
 }
 
-/// Useful GFLOP/s of the fastest dense attention that any file has for this device, element type and head dim.
-fn best_dense_rate(ours: &Report, reports: &[Report]) -> Option<f64> {
+/// Useful GFLOP/s of the fastest dense attention that any file has for this device, element type and head dim, forward
+/// or with the backward pass.
+fn best_dense_rate(ours: &Report, reports: &[Report], backward: bool) -> Option<f64> {
     let alike = |report: &&Report| {
         report.device == ours.device && report.element == ours.element && report.head_dim == ours.head_dim
     };
     let timings = reports.iter().filter(alike).flat_map(|report| &report.timings);
-    let dense = timings.filter(|timing| DENSE.contains(&timing.case.as_str()));
+    let dense = timings.filter(|timing| {
+        let forward = timing.case.strip_suffix(BACKWARD);
+        forward.is_some() == backward && DENSE.contains(&forward.unwrap_or(&timing.case))
+    });
     dense.filter_map(|timing| timing.useful_gflops).max_by(f64::total_cmp)
 }
 

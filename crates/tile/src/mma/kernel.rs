@@ -12,125 +12,49 @@
 
 use cubecl::prelude::*;
 
-use super::ptx;
+use super::{
+    copies::{Source, Tile, copy_rows, copy_tile},
+    ptx,
+};
 use crate::{
     portable::Strides,
     rows::INVALID_ROW,
     tensor_core::{
-        Blueprint, Layout, Numbers, PANEL, SWIZZLE,
+        Blueprint, Layout, Numbers, SWIZZLE,
         finish::{finish, redo_odd},
         items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
-        ptx::{copy_16, global_address, shared_address},
+        ptx::{global_address, shared_address},
         softmax::{Positions, Softmax, fold, pack_weights},
-        swizzled,
     },
     visibility::Bounds,
 };
 
-/// Keys or values of an item's list.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Source {
-    /// The address of key 0.
-    address: u64,
-    /// Elements from a key to the next.
-    stride: u32,
-}
+impl Blueprint {
+    /// How all threads copy the queries.
+    pub(super) const fn query_tile(self) -> Tile {
+        Tile { rows: self.shape.rows, dim: self.shape.dim, threads: self.threads() as usize }
+    }
 
-/// Where a thread copies: every how manieth row of a panel, and which 16 bytes of it.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Place {
-    row: u32,
-    column: u32,
-    /// Within the panel, in bytes.
-    offset: u32,
-}
-
-/// Units of 16 bytes in a row of a panel.
-const fn panel_columns(blueprint: Blueprint, panel: usize) -> usize {
-    let columns = blueprint.shape.dim - panel * PANEL;
-    if columns < PANEL { columns / 8 } else { PANEL / 8 }
-}
-
-/// Rows of a panel that all threads together copy at once.
-const fn rows_at_once(blueprint: Blueprint, panel: usize) -> usize {
-    blueprint.threads() as usize / panel_columns(blueprint, panel)
+    /// How all threads copy a tile of keys, or of values.
+    pub(super) const fn key_tile(self) -> Tile {
+        Tile { rows: self.shape.keys, ..self.query_tile() }
+    }
 }
 
 /// Bytes of queries and ring together.
-const fn room_bytes(blueprint: Blueprint) -> u32 {
+pub(super) const fn room_bytes(blueprint: Blueprint) -> u32 {
     blueprint.query_bytes() as u32 + blueprint.stages * blueprint.key_bytes() as u32
 }
 
 /// Where rows are noted until their queries are being copied, in words: in the ring's last place, which is filled last.
-const fn starts_at(blueprint: Blueprint) -> u32 {
+pub(super) const fn starts_at(blueprint: Blueprint) -> u32 {
     (room_bytes(blueprint) - blueprint.key_bytes() as u32) / 4
-}
-
-#[cube]
-fn place(#[comptime] panel: usize, #[comptime] blueprint: Blueprint) -> Place {
-    let columns = comptime![panel_columns(blueprint, panel) as u32];
-    let row = UNIT_POS / columns;
-    let column = UNIT_POS % columns;
-    Place { row, column, offset: row * comptime![SWIZZLE as u32] + swizzled(row, column) }
-}
-
-/// Starts the copy of a tile of keys or values to `room`. Those beyond the last are zeros: no row sees them, but 0 x
-/// NaN is NaN.
-#[cube]
-fn copy_tile(
-    source: &Source,
-    keys: &Keys,
-    tile: u32,
-    room: u32,
-    numbers: &Numbers,
-    #[comptime] blueprint: Blueprint,
-) {
-    let start = tile_start(keys, tile, blueprint) as u32;
-    let end = numbers.first_position as u32 + numbers.query_len;
-    #[unroll]
-    for panel in 0..comptime![blueprint.panels()] {
-        let place = place(panel, blueprint);
-        let from = source.address + (place.column * 16u32) as u64;
-        let at_once = comptime![rows_at_once(blueprint, panel)];
-        #[unroll]
-        for pass in 0..comptime![blueprint.shape.keys / at_once] {
-            let key = start + place.row + comptime![(pass * at_once) as u32];
-            ptx::copy_16_or_zeros(
-                room + place.offset
-                    + comptime![((panel * blueprint.shape.keys + pass * at_once) * SWIZZLE) as u32],
-                from + (key * source.stride) as u64 * 2u64 + comptime![(panel * SWIZZLE) as u64],
-                select(key < end, 16u32, 0u32),
-            );
-        }
-    }
-}
-
-/// Starts the copies of an item's queries to `room`. Where they begin is noted in `tiles`.
-#[cube]
-fn copy_queries(source: u64, tiles: &[u32], room: u32, #[comptime] blueprint: Blueprint) {
-    #[unroll]
-    for panel in 0..comptime![blueprint.panels()] {
-        let place = place(panel, blueprint);
-        let from = source + (place.column * 16u32) as u64;
-        let at_once = comptime![rows_at_once(blueprint, panel)];
-        #[unroll]
-        for pass in 0..comptime![blueprint.shape.rows / at_once] {
-            let row = place.row + comptime![starts_at(blueprint) + (pass * at_once) as u32];
-            let start = tiles[row as usize];
-            copy_16(
-                room + place.offset
-                    + comptime![((panel * blueprint.shape.rows + pass * at_once) * SWIZZLE) as u32],
-                from + start as u64 * 2u64 + comptime![(panel * SWIZZLE) as u64],
-            );
-        }
-    }
 }
 
 /// Starts the copy of the `step`-th tile of the ring, counted from the keys of `tile`: keys and values take turns.
 #[cube]
-fn copy_ahead(
+pub(super) fn copy_ahead(
+    unit: u32,
     key: &Source,
     value: &Source,
     keys: &Keys,
@@ -142,10 +66,12 @@ fn copy_ahead(
 ) {
     let tile = tile + comptime![step / 2];
     if tile < keys.tiles {
+        let start = tile_start(keys, tile, blueprint) as u32;
+        let end = numbers.first_position as u32 + numbers.query_len;
         if comptime![step % 2 == 0] {
-            copy_tile(key, keys, tile, room, numbers, blueprint);
+            copy_tile(unit, key, start, end, room, comptime![blueprint.key_tile()]);
         } else {
-            copy_tile(value, keys, tile, room, numbers, blueprint);
+            copy_tile(unit, value, start, end, room, comptime![blueprint.key_tile()]);
         }
     }
     // An empty group counts too.
@@ -155,7 +81,7 @@ fn copy_ahead(
 /// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for
 /// anew with every tile: registers are what is short.
 #[cube]
-fn positions_of(
+pub(super) fn positions_of(
     bounds: &[i32],
     warp_row: u32,
     #[comptime] block: usize,
@@ -287,11 +213,18 @@ pub(crate) fn attend_kernel<
     }
     sync_cube();
     // The queries join the first tile's group.
-    copy_queries(global_address::<E>(query.as_ptr()), &tiles, query_room, blueprint);
+    let query_source = global_address::<E>(query.as_ptr());
+    copy_rows(
+        query_source,
+        &tiles,
+        comptime![starts_at(blueprint)],
+        query_room,
+        comptime![blueprint.query_tile()],
+    );
     #[unroll]
     for step in 0..comptime![stages - 1] {
         let room = ring + comptime![step * blueprint.key_bytes() as u32];
-        copy_ahead(&key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
+        copy_ahead(UNIT_POS, &key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
     }
 
     let lane = UNIT_POS % 32u32;
@@ -320,7 +253,17 @@ pub(crate) fn attend_kernel<
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages - 1];
-        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            UNIT_POS,
+            &key_source,
+            &value_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let scores = ptx::scores::<WS>(query_at, key_at + now, blueprint);
         before = now;
         now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
@@ -328,7 +271,17 @@ pub(crate) fn attend_kernel<
         ptx::copies_wait(comptime![stages - 2]);
         sync_cube();
         let ahead = comptime![stages];
-        copy_ahead(&key_source, &value_source, &keys, tile, ahead, ring + before, &numbers, blueprint);
+        copy_ahead(
+            UNIT_POS,
+            &key_source,
+            &value_source,
+            &keys,
+            tile,
+            ahead,
+            ring + before,
+            &numbers,
+            blueprint,
+        );
         let mut weights = Vector::<u32, WP>::new(0u32);
         #[unroll]
         for block in 0..blocks {

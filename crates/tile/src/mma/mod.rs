@@ -1,5 +1,7 @@
 //! The routine for every NVIDIA GPU since Ampere: asynchronous copies, products of a warp, one cube per item.
 
+pub(crate) mod backward;
+mod copies;
 mod kernel;
 mod ptx;
 mod source;

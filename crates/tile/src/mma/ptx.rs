@@ -168,3 +168,9 @@ pub(super) fn copies_commit() {
 pub(super) fn copies_wait(#[comptime] pending: u32) {
     gpu_asm!("cp.async.wait_group {n};", n = const pending);
 }
+
+/// Waits for all of this thread's copies.
+#[cube]
+pub(super) fn copies_wait_all() {
+    gpu_asm!("cp.async.wait_all;");
+}

@@ -7,9 +7,9 @@ use cubecl::prelude::*;
 use super::{
     Blueprint,
     numbers::{Numbers, Strides, offset},
-    tile::{KeyRanges, Keys, all_see, bounds_at, gather, key_ranges, keys_of, rows_of, sees, slot_of},
+    tile::{KeyRanges, Keys, bounds_at, gather, key_ranges, keys_of, rows_of, sees, slot_of},
 };
-use crate::visibility::Bounds;
+use crate::{rows::all_see, visibility::Bounds};
 
 /// The running state of the online softmax of one tile.
 #[derive(CubeType)]
@@ -253,7 +253,7 @@ fn fold<E: Float, R: Size>(
     while at < ranges.end {
         let next = ranges.until(at, blueprint.chunk);
         if comptime![blueprint.staged] {
-            if all_see(lowest, highest, at, next - 1, numbers, blueprint.sight) {
+            if all_see(lowest, highest, at, next - 1, numbers.window, numbers.sinks, blueprint.sight) {
                 fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, false, blueprint);
             } else {
                 fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, true, blueprint);

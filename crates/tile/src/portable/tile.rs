@@ -249,33 +249,6 @@ pub(super) fn sees<R: Size>(
     }
 }
 
-/// Whether all rows whose bounds lie between `lowest` and `highest` see all keys `first..=last`.
-#[cube]
-pub(super) fn all_see(
-    lowest: Bounds,
-    highest: Bounds,
-    first: i32,
-    last: i32,
-    numbers: &Numbers,
-    #[comptime] sight: Sight,
-) -> bool {
-    let mut all = match sight.visibility {
-        Visibility::All | Visibility::NonCausal => last <= lowest.position,
-        Visibility::Window => last <= lowest.position && first > highest.position - numbers.window,
-        Visibility::SinksAndWindow => {
-            last <= lowest.position
-                && (last < lowest.first + numbers.sinks || first > highest.position - numbers.window)
-        }
-        Visibility::Far => last <= lowest.position - numbers.window,
-    };
-    if comptime![sight.visibility == Visibility::Far] {
-        all = all && first >= highest.first + numbers.sinks;
-    } else if comptime![sight.ragged] {
-        all = all && first >= highest.first;
-    }
-    all
-}
-
 /// Dimension `d` of the rows that begin at `offsets`, one per lane.
 #[cube]
 pub(super) fn gather<E: Float, R: Size>(

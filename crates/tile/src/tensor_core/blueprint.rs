@@ -1,6 +1,6 @@
 use bifocal_core::Element;
 
-use crate::visibility::Visibility;
+use crate::{rows::Sight, visibility::Visibility};
 
 /// The element types that products take, as PTX spells them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -84,6 +84,10 @@ pub(crate) struct Blueprint {
 }
 
 impl Blueprint {
+    pub(crate) const fn sight(self) -> Sight {
+        Sight { visibility: self.visibility, routed: self.routed, ragged: self.ragged }
+    }
+
     pub(crate) const fn threads(self) -> u32 {
         (self.shape.rows / self.warp_rows * 32) as u32
     }

@@ -1,5 +1,5 @@
-//! Instructions that tensor-core routines share, as functions: arithmetic, addresses, copies, stores. Everything that is
-//! PTX text lives in such modules, so that a later CubeCL with a frontend of its own for these can take its place.
+//! Instructions that tensor-core routines share, as functions: arithmetic, addresses, copies, stores. Everything that
+//! is PTX text lives in such modules, so that a later CubeCL with a frontend of its own for these can take its place.
 //! Addresses of shared memory are 32 bits wide.
 
 use cubecl::prelude::*;
@@ -64,6 +64,14 @@ pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {
     );
 }
 
+/// Loads two numbers from global memory.
+#[cube]
+pub(crate) fn load_pair(source: u64) -> Vector<f32, Const<2>> {
+    let pair: Vector<f32, Const<2>>;
+    gpu_asm!("ld.global.v2.f32 {p}, [{at}];", p = out(_) pair, at = in(_) source);
+    pair
+}
+
 /// Stores two numbers to global memory.
 #[cube]
 pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
@@ -71,4 +79,50 @@ pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {
         "st.global.v2.f32 [{at}], {{{a}, {b}}};",
         at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b)
     );
+}
+
+/// Loads two numbers from shared memory.
+#[cube]
+pub(crate) fn load_shared_pair(source: u32) -> Vector<f32, Const<2>> {
+    let pair: Vector<f32, Const<2>>;
+    gpu_asm!("ld.shared.v2.f32 {p}, [{at}];", p = out(_) pair, at = in(_) source);
+    pair
+}
+
+/// Loads four numbers from shared memory.
+#[cube]
+pub(crate) fn load_shared_four(source: u32) -> Vector<f32, Const<4>> {
+    let four: Vector<f32, Const<4>>;
+    gpu_asm!("ld.shared.v4.f32 {x}, [{at}];", x = out(_) four, at = in(_) source);
+    four
+}
+
+/// Stores four numbers to shared memory.
+#[cube]
+pub(crate) fn store_shared_four(destination: u32, four: Vector<f32, Const<4>>) {
+    gpu_asm!(
+        "st.shared.v4.f32 [{at}], {x};",
+        at = in(_) destination, x = in(_) Vector::<f32, Const<4>>::reinterpret(four)
+    );
+}
+
+/// Waits at the named barrier for `threads` threads.
+#[cube]
+pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.sync {n}, {threads};", n = in(_) name, threads = const threads);
+}
+
+/// Arrives at the named barrier without waiting.
+#[cube]
+pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
+    gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
+}
+
+/// The unit's number, asked for anew. What is computed from it inside of a loop stays there: compilers take what does
+/// not change out of loops, and then it takes registers from those that hold sums.
+#[cube]
+pub(crate) fn unit_again() -> u32 {
+    let unit: u32;
+    gpu_asm!("mov.u32 {x}, %tid.x;", x = out(_) unit);
+    unit
 }

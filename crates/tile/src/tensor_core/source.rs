@@ -24,7 +24,7 @@ use cubecl_cpp::{
     target::Cuda,
 };
 
-use crate::visibility::Visibility;
+use crate::{rows::Sight, visibility::Visibility};
 
 /// One of the cases that kernels are compiled for: one for every shape of tile and every visibility; softcap, sink
 /// logits and f32 outputs change little.
@@ -36,11 +36,16 @@ pub(crate) struct Sample {
 }
 
 impl Sample {
+    pub(crate) fn sight(&self) -> Sight {
+        Sight { visibility: self.visibility, routed: self.routed, ragged: self.ragged }
+    }
+
     pub(crate) fn name(&self) -> String {
-        let Problem { element, head_dim, .. } = self.problem;
+        let Problem { element, head_dim, softcap, .. } = self.problem;
         let routed = if self.routed { "-routed" } else { "" };
         let ragged = if self.ragged { "-ragged" } else { "" };
-        format!("{:?}-{element}-{head_dim}{routed}{ragged}", self.visibility).to_lowercase()
+        let softcap = if softcap.is_some() { "-softcap" } else { "" };
+        format!("{:?}-{element}-{head_dim}{routed}{ragged}{softcap}", self.visibility).to_lowercase()
     }
 }
 

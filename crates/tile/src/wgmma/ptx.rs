@@ -11,6 +11,7 @@ use cubecl::prelude::*;
 use cubecl_core::{intrinsic, ir::prelude::*};
 use cubecl_cpp::{cuda::ptx::tensor_map_address, shared::signature::IncludeOp};
 
+pub(crate) use crate::tensor_core::ptx::{turn_give, turn_wait};
 use crate::tensor_core::{PANEL, SWIZZLE, Shape};
 
 /// The high half of every matrix descriptor: 128-byte swizzle, groups of eight rows 1,024 bytes apart.
@@ -296,16 +297,4 @@ pub(crate) fn copies_end() {
 #[cube]
 pub(crate) fn fence_device() {
     gpu_asm!("fence.acq_rel.gpu;");
-}
-
-/// Waits at the named barrier for `threads` threads.
-#[cube]
-pub(crate) fn turn_wait(name: u32, #[comptime] threads: usize) {
-    gpu_asm!("bar.sync {n}, {threads};", n = in(_) name, threads = const threads);
-}
-
-/// Arrives at the named barrier without waiting.
-#[cube]
-pub(crate) fn turn_give(name: u32, #[comptime] threads: usize) {
-    gpu_asm!("bar.arrive {n}, {threads};", n = in(_) name, threads = const threads);
 }

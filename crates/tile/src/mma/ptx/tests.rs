@@ -1,13 +1,17 @@
 //! The text of both products, followed instruction by instruction as a warp would, against plain loops. Elements are
 //! whole numbers of 16 bits: what is tested is which of them meet.
 
-use std::collections::HashMap;
+use std::{collections::HashMap, iter};
 
 use bifocal_core::{Element, Problem};
 
 use super::{across, down, scores_text, values_text};
 use crate::{
-    mma::blueprint,
+    mma::{
+        backward::{Blueprints, LARGE, blueprints as blueprints_of},
+        blueprint,
+    },
+    rows::Sight,
     tensor_core::{Blueprint, PANEL, SWIZZLE, swizzled},
     visibility::Visibility,
 };
@@ -150,9 +154,17 @@ fn place(lane: usize, i: usize) -> (usize, usize) {
 }
 
 fn blueprints() -> impl Iterator<Item = Blueprint> {
-    [64, 96, 128, 256].into_iter().map(|dim| {
+    [64, 96, 128, 256].into_iter().flat_map(|dim| {
         let problem = Problem::new([1, 1, 1, dim], [1, 1, 1, dim], Element::F16).expect("a possible problem");
-        blueprint(&problem, Visibility::All, false, false, false).expect("a head dim with a kernel")
+        let forward =
+            blueprint(&problem, Visibility::All, false, false, false).expect("a head dim with a kernel");
+        let backward = [Visibility::All, Visibility::Window].into_iter().flat_map(move |visibility| {
+            let sight = Sight { visibility, routed: false, ragged: false };
+            let Blueprints { key, query } =
+                blueprints_of(&problem, sight, LARGE).expect("a head dim with kernels");
+            [key, query]
+        });
+        iter::once(forward).chain(backward)
     })
 }
 

@@ -13,9 +13,9 @@ use super::{
 use crate::{
     portable::{
         numbers::{Numbers, Strides, offset},
-        tile::{all_see, list_of, sees},
+        tile::{list_of, sees},
     },
-    rows::{INVALID_ROW, List, bounds_of_row, entries_that_see, row_of},
+    rows::{INVALID_ROW, List, all_see, bounds_of_row, entries_that_see, row_of},
     visibility::Bounds,
 };
 
@@ -129,7 +129,8 @@ fn fold<E: Float, O: Float, R: Size>(
     }
     let lowest = Bounds { first: lowest_first, position: lowest_position };
     let highest = Bounds { first: highest_first, position: highest_position };
-    let all_seen = all_see(lowest, highest, keys.first, keys.last, numbers, blueprint.sight);
+    let all_seen =
+        all_see(lowest, highest, keys.first, keys.last, numbers.window, numbers.sinks, blueprint.sight);
     accumulate::<E, R>(
         &mut keys.key_sums,
         key_gradient,
@@ -201,6 +202,7 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         numbers.sinks,
         rows,
         sequences,
+        false,
         blueprint.sight,
     );
     let batch = kv_head / numbers.kv_heads;

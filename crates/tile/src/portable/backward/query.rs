@@ -9,8 +9,9 @@ use super::{
 use crate::{
     portable::{
         numbers::{Numbers, Strides, offset},
-        tile::{Keys, all_see, bounds_at, key_ranges, keys_of, rows_of, sees, slot_of},
+        tile::{Keys, bounds_at, key_ranges, keys_of, rows_of, sees, slot_of},
     },
+    rows::all_see,
     visibility::Bounds,
 };
 
@@ -69,7 +70,8 @@ fn fold<E: Float, O: Float, R: Size>(
         slopes[x] = pair.slope;
     }
     let whole = end - first == comptime![block as i32];
-    let all_seen = whole && all_see(lowest, highest, first, end - 1, numbers, blueprint.sight);
+    let all_seen =
+        whole && all_see(lowest, highest, first, end - 1, numbers.window, numbers.sinks, blueprint.sight);
     accumulate::<E, R>(
         &mut rows.sums,
         gradient,

@@ -1,0 +1,620 @@
+//! Gradients of keys and values: one cube, one tile of keys of one kv head, which meets the rows that see them, of all
+//! query heads that share them.
+//!
+//! Scores are computed transposed, `S^T = K Q^T`: a warp then has its own keys' weights in the registers that the
+//! product with `dO` takes them from. Two kinds of warps share the work, and there is one of each for the same keys. A
+//! **value warp** computes scores, from them weights, and sums `dV += P^T dO`. A **key warp** computes `V dO^T`, makes
+//! slopes of it with the weights, which the other one leaves in shared memory, and sums `dK += dS^T Q`. Either holds
+//! one gradient, so that there is room for 32 keys: what is read of rows serves twice as many products as it would in a
+//! warp that holds both.
+//!
+//! Both do the same at the same time, on other operands: the second product of a tile, then the first of the next. Of a
+//! tile's two halves value warps have the first to wait for their weights' exponentials, and key warps the second for
+//! the weights, so one kind's products fill the other's gaps. Key warps copy rows, gathered by index, into the places
+//! of those that both kinds have left.
+//!
+//! In the blueprint the keys take the place of rows, as they do in the products: `rows` are the keys of the cube,
+//! `warp_rows` those of a warp, `keys` the rows of a step, `stages` is 2.
+
+// In a kernel `%` is one instruction and `is_multiple_of` is not there; an `if` on compile-time values stays apart from
+// one on run-time values.
+#![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
+
+use cubecl::prelude::*;
+
+use super::parts::{add_row, exponent_of, key_start, pack, pair_of, row_of_id};
+use crate::{
+    mma::{
+        copies::{Source, Tile, copy_tile, place},
+        ptx,
+    },
+    portable::Strides,
+    rows::{Entries, INVALID_ROW, List, all_see, bounds_of_row, entries_that_see, row_of, sees},
+    tensor_core::{
+        Blueprint, Numbers, SWIZZLE,
+        ptx::{
+            exp2_fast, global_address, load_shared_four, load_shared_pair, shared_address, store_shared_four,
+            turn_give, turn_wait, unit_again,
+        },
+        softmax::squash,
+    },
+    visibility::Bounds,
+};
+
+/// Warps of both kinds.
+pub(super) const fn threads(blueprint: Blueprint) -> u32 {
+    2 * blueprint.threads()
+}
+
+/// Named barrier: the value warps have left a tile of rows, and where the next ones begin is noted.
+const LEFT: u32 = 1;
+/// Named barrier: the key warps have taken their weights.
+const TAKEN: u32 = 2;
+
+/// What is noted of the rows of a step, one after the other: exponents, deltas, positions, in ragged batches first
+/// keys.
+const EXPONENTS: usize = 0;
+const DELTAS: usize = 1;
+const POSITIONS: usize = 2;
+const FIRSTS: usize = 3;
+
+/// Shared memory, in bytes: keys, values; rows of two steps, queries before gradients; weights; notes of two steps;
+/// where the rows to be copied begin, queries before gradients.
+impl Blueprint {
+    const fn rows_at(self) -> u32 {
+        2 * self.query_bytes() as u32
+    }
+
+    const fn step_bytes(self) -> u32 {
+        2 * self.key_bytes() as u32
+    }
+
+    const fn weights_at(self) -> u32 {
+        self.rows_at() + 2 * self.step_bytes()
+    }
+
+    const fn notes_at(self) -> u32 {
+        self.weights_at() + (self.shape.rows * self.shape.keys * 4) as u32
+    }
+
+    const fn note_bytes(self) -> u32 {
+        let kinds = if self.ragged { FIRSTS + 1 } else { FIRSTS };
+        (kinds * self.shape.keys * 4) as u32
+    }
+
+    const fn starts_at(self) -> u32 {
+        self.notes_at() + 2 * self.note_bytes()
+    }
+
+    /// All of it.
+    pub(super) const fn key_room(self) -> u32 {
+        self.starts_at() + 2 * self.shape.keys as u32 * 4
+    }
+}
+
+/// What a warp knows of its keys.
+#[derive(CubeType, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+struct Warp {
+    first_key: i32,
+    /// Where its thread's weights are in shared memory: the first four.
+    weights: u32,
+}
+
+/// A number that is noted of a row of a step.
+#[cube]
+fn noted(
+    room: &[u32],
+    stage: u32,
+    row: u32,
+    #[comptime] kind: usize,
+    #[comptime] blueprint: Blueprint,
+) -> u32 {
+    let words = comptime![blueprint.note_bytes() / 4];
+    let at = comptime![blueprint.notes_at() / 4 + (kind * blueprint.shape.keys) as u32];
+    room[(at + stage * words + row) as usize]
+}
+
+#[cube]
+fn note(
+    room: &mut [u32],
+    stage: u32,
+    row: u32,
+    #[comptime] kind: usize,
+    number: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let words = comptime![blueprint.note_bytes() / 4];
+    let at = comptime![blueprint.notes_at() / 4 + (kind * blueprint.shape.keys) as u32];
+    room[(at + stage * words + row) as usize] = number;
+}
+
+#[cube]
+fn noted_bounds(room: &[u32], stage: u32, row: u32, #[comptime] blueprint: Blueprint) -> Bounds {
+    let mut first = 0i32;
+    if comptime![blueprint.ragged] {
+        first = i32::reinterpret(noted(room, stage, row, FIRSTS, blueprint));
+    }
+    Bounds { first, position: i32::reinterpret(noted(room, stage, row, POSITIONS, blueprint)) }
+}
+
+/// The address of what is noted of a thread's first two rows of a step; of the next two it is 32 bytes on.
+#[cube]
+fn pairs_noted(stage: u32, #[comptime] kind: usize, base: u32, #[comptime] blueprint: Blueprint) -> u32 {
+    base + comptime![blueprint.notes_at() + (kind * blueprint.shape.keys * 4) as u32]
+        + stage * comptime![blueprint.note_bytes()]
+        + UNIT_POS % 4u32 * 8u32
+}
+
+/// Replaces what belongs to a key and a row that does not see it by 0.
+#[cube]
+fn hide<WS: Size>(
+    pairs: Vector<f32, WS>,
+    warp: &Warp,
+    room: &[u32],
+    stage: u32,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, WS> {
+    let rows = comptime![blueprint.shape.keys];
+    let mut pairs = pairs;
+    let first = noted_bounds(room, stage, 0u32, blueprint);
+    let last = noted_bounds(room, stage, comptime![rows as u32 - 1], blueprint);
+    let key_len = numbers.first_position + numbers.query_len as i32;
+    let last_key = min(warp.first_key + comptime![blueprint.warp_rows as i32], key_len) - 1;
+    let sight = comptime![blueprint.sight()];
+    if !all_see(first, last, warp.first_key, last_key, numbers.window, numbers.sinks, sight) {
+        let lane = UNIT_POS % 32u32;
+        let first_key = warp.first_key + (lane / 4u32) as i32;
+        #[unroll]
+        for eight in 0..comptime![rows / 8] {
+            #[unroll]
+            for half in 0..2usize {
+                let row = lane % 4u32 * 2u32 + comptime![(eight * 8 + half) as u32];
+                let bounds = noted_bounds(room, stage, row, blueprint);
+                #[unroll]
+                for of_keys in 0..comptime![2 * blueprint.blocks()] {
+                    let key = first_key + comptime![of_keys as i32 * 8];
+                    let i = comptime![of_keys / 2 * rows / 2 + eight * 4 + of_keys % 2 * 2 + half];
+                    let seen = sees(&bounds, key, numbers.window, numbers.sinks, sight);
+                    let shown = select(seen, pairs.extract(i), 0.0f32);
+                    pairs.insert(i, shown);
+                }
+            }
+        }
+    }
+    pairs
+}
+
+/// The weights of a step's scores. What key warps need of them, which a softcap makes less, is left in shared memory.
+#[cube]
+fn weigh<WS: Size>(
+    scores: Vector<f32, WS>,
+    warp: &Warp,
+    exponents: u32,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, WS> {
+    let eights = comptime![blueprint.shape.keys / 8];
+    let mut weights = scores;
+    #[unroll]
+    for eight in 0..eights {
+        let pair = load_shared_pair(exponents + comptime![eight as u32 * 32]);
+        #[unroll]
+        for block in 0..comptime![blueprint.blocks()] {
+            let four = comptime![block * eights + eight];
+            let mut left = Vector::<f32, Const<4>>::new(0.0f32);
+            #[unroll]
+            for i in 0..4usize {
+                let mut score = weights.extract(comptime![four * 4 + i]);
+                let mut slope = 1.0f32;
+                if comptime![blueprint.softcap] {
+                    score = squash(score, numbers);
+                    slope -= score * score;
+                }
+                let exponent = pair.extract(comptime![i % 2]);
+                let weight = exp2_fast(fma(score, numbers.exponent_scale, exponent));
+                weights.insert(comptime![four * 4 + i], weight);
+                if comptime![blueprint.softcap] {
+                    left.insert(i, weight * slope);
+                } else {
+                    left.insert(i, weight);
+                }
+            }
+            store_shared_four(warp.weights + comptime![four as u32 * 512], left);
+        }
+    }
+    weights
+}
+
+/// The gradients of a step's scores, from the products of values and output gradients.
+#[cube]
+fn slopes<WS: Size>(
+    products: Vector<f32, WS>,
+    warp: &Warp,
+    deltas: u32,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, WS> {
+    let eights = comptime![blueprint.shape.keys / 8];
+    let mut slopes = products;
+    #[unroll]
+    for eight in 0..eights {
+        let pair = load_shared_pair(deltas + comptime![eight as u32 * 32]);
+        #[unroll]
+        for block in 0..comptime![blueprint.blocks()] {
+            let four = comptime![block * eights + eight];
+            let weights = load_shared_four(warp.weights + comptime![four as u32 * 512]);
+            #[unroll]
+            for i in 0..4usize {
+                let at = comptime![four * 4 + i];
+                let slope = (slopes.extract(at) - pair.extract(comptime![i % 2])) * weights.extract(i);
+                slopes.insert(at, slope);
+            }
+        }
+    }
+    slopes
+}
+
+/// Starts the copies of the rows whose places are noted: queries, or gradients, by the threads of the key warps. Those
+/// from `present` on are zeros: they have no weight, but 0 x NaN is NaN.
+#[cube]
+fn copy_step(
+    unit: u32,
+    source: u64,
+    room: &[u32],
+    #[comptime] starts: u32,
+    present: u32,
+    destination: u32,
+    #[comptime] tile: Tile,
+) {
+    #[unroll]
+    for panel in 0..comptime![tile.panels()] {
+        let place = place(unit, panel, tile);
+        let from = source + (place.column * 16u32) as u64;
+        let at_once = comptime![tile.rows_at_once(panel)];
+        #[unroll]
+        for pass in 0..comptime![tile.rows / at_once] {
+            let row = place.row + comptime![(pass * at_once) as u32];
+            let start = room[(starts + row) as usize];
+            ptx::copy_16_or_zeros(
+                destination + place.offset + comptime![tile.at(panel, pass * at_once)],
+                from + start as u64 * 2u64 + comptime![(panel * SWIZZLE) as u64],
+                select(row < present, 16u32, 0u32),
+            );
+        }
+    }
+}
+
+/// Computes the gradient of a key, or of a value, again, row by row, by all threads of a warp.
+#[cube]
+fn redo<E: Float>(
+    of_keys: bool,
+    list_index: u32,
+    j: u32,
+    entries: &Entries,
+    list: &List,
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    d_out: &[E],
+    lse: &[f32],
+    delta: &[f32],
+    rows: &[u32],
+    sequences: &[u32],
+    key_gradient: &mut [f32],
+    value_gradient: &mut [f32],
+    query_strides: &Strides,
+    key_strides: &Strides,
+    value_strides: &Strides,
+    d_out_strides: &Strides,
+    numbers: &Numbers,
+    scale: f32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let sight = comptime![blueprint.sight()];
+    let parts = comptime![blueprint.shape.dim / 32];
+    let lane = UNIT_POS % 32u32;
+    let key_at = key_start(list_index, j, key_strides, numbers);
+    let value_at = key_start(list_index, j, value_strides, numbers);
+    let mut sums = Array::<f32>::new(parts);
+    #[unroll]
+    for part in 0..parts {
+        sums[part] = 0.0f32;
+    }
+    for entry in entries.begin..entries.end {
+        let id = row_of(list, entry, rows, sight);
+        let bounds = bounds_of_row(list, id, sequences, sight);
+        let row = row_of_id(
+            id,
+            list_index / numbers.kv_heads,
+            list_index % numbers.kv_heads,
+            query_strides,
+            d_out_strides,
+            numbers,
+        );
+        let of_row = lse[row.index as usize];
+        let seen = sees(&bounds, j as i32, numbers.window, numbers.sinks, sight);
+        if seen && of_row != numbers.neg_inf {
+            let exponent = exponent_of(of_row, row.invalid, numbers);
+            let pair = pair_of::<E>(
+                query, key, value, d_out, &row, key_at, value_at, exponent, delta, numbers, blueprint,
+            );
+            #[unroll]
+            for part in 0..parts {
+                let at = lane + comptime![part as u32 * 32];
+                if of_keys {
+                    sums[part] =
+                        fma(pair.slope, f32::cast_from(query[(row.query + at) as usize]), sums[part]);
+                } else {
+                    sums[part] =
+                        fma(pair.weight, f32::cast_from(d_out[(row.d_out + at) as usize]), sums[part]);
+                }
+            }
+        }
+    }
+    let key_len = numbers.first_position as u32 + numbers.query_len;
+    let target = (list_index * key_len + j) * comptime![blueprint.shape.dim as u32] + lane;
+    #[unroll]
+    for part in 0..parts {
+        let at = (target + comptime![part as u32 * 32]) as usize;
+        if of_keys {
+            key_gradient[at] += sums[part] * scale;
+        } else {
+            value_gradient[at] += sums[part];
+        }
+    }
+}
+
+/// One tile of keys per cube. `WS`, `WP` and `WO` count a thread's scores, packed weights and sums of all keys of its
+/// warp.
+#[cube(launch_unchecked, create_dummy_kernel)]
+pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
+    query: &[E],
+    key: &[E],
+    value: &[E],
+    d_out: &[E],
+    lse: &[f32],
+    delta: &[f32],
+    rows: &[u32],
+    list_counts: &[u32],
+    sequences: &[u32],
+    key_gradient: &mut [f32],
+    value_gradient: &mut [f32],
+    query_strides: Strides,
+    key_strides: Strides,
+    value_strides: Strides,
+    d_out_strides: Strides,
+    numbers: Numbers,
+    scale: f32,
+    #[comptime] blueprint: Blueprint,
+    #[define(E)] _element: ElemType,
+    #[define(WS)] _scores: usize,
+    #[define(WP)] _weights: usize,
+    #[define(WO)] _sums: usize,
+) {
+    let sight = comptime![blueprint.sight()];
+    let shape = comptime![blueprint.shape];
+    let kind_threads = comptime![blueprint.threads()];
+    let threads = comptime![threads(blueprint) as usize];
+    let key_len = numbers.first_position as u32 + numbers.query_len;
+
+    // Whole lists take turns; within a turn the first keys, which most rows see, come first.
+    let tiles = key_len.div_ceil(comptime![shape.rows as u32]);
+    let turn = CUBE_POS as u32 / (numbers.lists_at_once * tiles);
+    let lists_before = turn * numbers.lists_at_once;
+    let lists = min(numbers.lists_at_once, numbers.lists - lists_before);
+    let within = CUBE_POS as u32 - lists_before * tiles;
+    let list_index = lists_before + within % lists;
+    let start = within / lists * comptime![shape.rows as u32];
+    let batch = list_index / numbers.kv_heads;
+    let kv_head = list_index % numbers.kv_heads;
+
+    let mut room =
+        Shared::<[u32]>::new_aligned_slice(comptime![blueprint.key_room() as usize / 4], 1024usize);
+    let base = shared_address(&room);
+    let resident = comptime![Tile { rows: shape.rows, dim: shape.dim, threads }];
+    let key_source = Source {
+        address: global_address::<E>(key.as_ptr())
+            + (batch * key_strides.batch + kv_head * key_strides.head) as u64 * 2u64,
+        stride: key_strides.token,
+    };
+    let value_source = Source {
+        address: global_address::<E>(value.as_ptr())
+            + (batch * value_strides.batch + kv_head * value_strides.head) as u64 * 2u64,
+        stride: value_strides.token,
+    };
+    copy_tile(UNIT_POS, &key_source, start, key_len, base, resident);
+    copy_tile(
+        UNIT_POS,
+        &value_source,
+        start,
+        key_len,
+        base + comptime![blueprint.query_bytes() as u32],
+        resident,
+    );
+
+    let mut count = numbers.query_len * numbers.group;
+    if comptime![blueprint.routed] {
+        count = list_counts[(numbers.reach * numbers.lists + list_index) as usize];
+    }
+    let list = List {
+        start: (numbers.reach * numbers.lists + list_index) * numbers.query_len * numbers.group,
+        count,
+        group: numbers.group,
+        query_len: numbers.query_len,
+        first_position: numbers.first_position,
+    };
+    let last = min(start + comptime![shape.rows as u32], key_len) - 1u32;
+    let entries = entries_that_see(
+        &list,
+        start as i32,
+        last as i32,
+        numbers.window,
+        numbers.sinks,
+        rows,
+        sequences,
+        true,
+        sight,
+    );
+    if entries.begin >= entries.end {
+        ptx::copies_wait_all();
+        terminate!();
+    }
+    let entries_left = entries.end - entries.begin;
+    let steps = entries_left.div_ceil(comptime![shape.keys as u32]);
+
+    let lane = UNIT_POS % 32u32;
+    let unit = UNIT_POS % kind_threads;
+    let of_keys = UNIT_POS >= kind_threads;
+    let warp_of_kind = unit / 32u32;
+    let warp_key = warp_of_kind * comptime![blueprint.warp_rows as u32];
+    let warp = Warp {
+        first_key: (start + warp_key) as i32,
+        weights: base
+            + comptime![blueprint.weights_at()]
+            + warp_of_kind * comptime![(blueprint.warp_rows * shape.keys * 4) as u32]
+            + lane * 16u32,
+    };
+    // Value warps multiply keys and queries, then weights and gradients; key warps values and gradients, then slopes
+    // and queries.
+    let ring = base + comptime![blueprint.rows_at()];
+    let gradients = comptime![blueprint.key_bytes() as u32];
+    let resident_at = base
+        + select(of_keys, comptime![blueprint.query_bytes() as u32], 0u32)
+        + warp_key * comptime![SWIZZLE as u32]
+        + ptx::across(lane);
+    let first_at = ring + select(of_keys, gradients, 0u32) + ptx::down(lane);
+    let second_at = ring + select(of_keys, 0u32, gradients) + ptx::across(lane);
+
+    let query_source = global_address::<E>(query.as_ptr());
+    let d_out_source = global_address::<E>(d_out.as_ptr());
+    let step_tile =
+        comptime![Tile { rows: shape.keys, dim: shape.dim, threads: blueprint.threads() as usize }];
+    let starts = comptime![blueprint.starts_at() / 4];
+    let notes = unit < comptime![shape.keys as u32];
+    let mut id = row_of(&list, min(entries.begin + unit, entries.end - 1u32), rows, sight);
+
+    let mut sums = Vector::<f32, WO>::new(0.0f32);
+    let mut pairs = Vector::<f32, WS>::new(0.0f32);
+    // A step ends the tile before the one before, begins the one before, and copies its own.
+    for step in 0..steps + 2u32 {
+        let stage = step % 2u32;
+        let before = 1u32 - stage;
+        let begins = step > 0u32 && step <= steps;
+        if of_keys {
+            if step > 1u32 {
+                let deltas = pairs_noted(stage, DELTAS, base, blueprint);
+                pairs = slopes::<WS>(pairs, &warp, deltas, blueprint);
+            }
+            if begins {
+                turn_give(TAKEN, threads);
+            }
+        }
+        if step > 1u32 {
+            pairs = hide::<WS>(pairs, &warp, &room, stage, &numbers, blueprint);
+            let count = comptime![blueprint.blocks() * shape.keys / 2];
+            let packed = pack::<WS, WP>(&pairs, count, comptime![shape.operand]);
+            let at = second_at + stage * comptime![blueprint.step_bytes()];
+            sums = ptx::values::<WO, WP>(sums, packed, at, blueprint);
+        }
+
+        // What is asked of memory here comes while the products run.
+        let mut next_id = id;
+        let mut lse_noted = 0.0f32;
+        let mut delta_noted = 0.0f32;
+        let present = entries_left - min(step * comptime![shape.keys as u32], entries_left);
+        if present > 0u32 {
+            if of_keys {
+                let unit = unit_again() % kind_threads;
+                let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+                if notes {
+                    room[(starts + unit) as usize] = row.query;
+                    room[(starts + comptime![shape.keys as u32] + unit) as usize] = row.d_out;
+                }
+                turn_wait(LEFT, threads);
+                let to = ring + stage * comptime![blueprint.step_bytes()];
+                copy_step(unit, query_source, &room, starts, present, to, step_tile);
+                let d_out_starts = comptime![starts + shape.keys as u32];
+                copy_step(unit, d_out_source, &room, d_out_starts, present, to + gradients, step_tile);
+                lse_noted = lse[row.index as usize];
+                delta_noted = delta[row.index as usize];
+                let next = entries.begin + (step + 1u32) * comptime![shape.keys as u32] + unit;
+                next_id = row_of(&list, min(next, entries.end - 1u32), rows, sight);
+            } else {
+                turn_give(LEFT, threads);
+            }
+        }
+        if begins {
+            let at = first_at + before * comptime![blueprint.step_bytes()];
+            pairs = ptx::scores::<WS>(resident_at, at, blueprint);
+            if !of_keys {
+                turn_wait(TAKEN, threads);
+                let exponents = pairs_noted(before, EXPONENTS, base, blueprint);
+                pairs = weigh::<WS>(pairs, &warp, exponents, &numbers, blueprint);
+            }
+        }
+        if of_keys && notes && present > 0u32 {
+            let bounds = bounds_of_row(&list, id, sequences, sight);
+            // Rows beyond the last have weights of 0.
+            let exponent = exponent_of(lse_noted, id >= INVALID_ROW, &numbers);
+            let exponent = select(unit < present, exponent, numbers.neg_inf);
+            let delta_noted = select(unit < present, delta_noted, 0.0f32);
+            note(&mut room, stage, unit, EXPONENTS, u32::reinterpret(exponent), blueprint);
+            note(&mut room, stage, unit, DELTAS, u32::reinterpret(delta_noted), blueprint);
+            note(&mut room, stage, unit, POSITIONS, u32::reinterpret(bounds.position), blueprint);
+            if comptime![blueprint.ragged] {
+                note(&mut room, stage, unit, FIRSTS, u32::reinterpret(bounds.first), blueprint);
+            }
+        }
+        id = next_id;
+        ptx::copies_wait_all();
+        sync_cube();
+    }
+
+    let key_target = global_address::<f32>(key_gradient.as_ptr());
+    let value_target = global_address::<f32>(value_gradient.as_ptr());
+    let target = select(of_keys, key_target, value_target);
+    let factor = select(of_keys, scale, 1.0f32);
+    #[unroll]
+    for block in 0..comptime![blueprint.blocks()] {
+        let first = start + warp_key + comptime![block as u32 * 16];
+        let upper = first + lane / 4u32;
+        let row_bytes = comptime![shape.dim as u64 * 4];
+        let upper_at = target + (list_index * key_len + upper) as u64 * row_bytes;
+        let lower_at = upper_at + comptime![8 * shape.dim as u64 * 4];
+        let upper_odd = add_row::<WO>(&sums, upper_at, factor, upper < key_len, block, 0usize, blueprint);
+        let written = upper + 8u32 < key_len;
+        let lower_odd = add_row::<WO>(&sums, lower_at, factor, written, block, 1usize, blueprint);
+        if plane_any(upper_odd + lower_odd > 0u32) {
+            for r in 0..16u32 {
+                let odd = plane_shuffle(select(r < 8u32, upper_odd, lower_odd), (r % 8u32) * 4u32);
+                if odd > 0u32 {
+                    redo::<E>(
+                        of_keys,
+                        list_index,
+                        first + r,
+                        &entries,
+                        &list,
+                        query,
+                        key,
+                        value,
+                        d_out,
+                        lse,
+                        delta,
+                        rows,
+                        sequences,
+                        key_gradient,
+                        value_gradient,
+                        &query_strides,
+                        &key_strides,
+                        &value_strides,
+                        &d_out_strides,
+                        &numbers,
+                        scale,
+                        blueprint,
+                    );
+                }
+            }
+        }
+    }
+}

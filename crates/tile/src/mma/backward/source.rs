@@ -1,0 +1,116 @@
+//! Both kernels as CUDA C++.
+
+use cubecl::{ir::ElemType, prelude::*};
+
+use super::{Blueprints, LARGE, blueprints, key, key::key_kernel, query::query_kernel, sizes};
+use crate::{
+    mma::SHARED_MEMORY,
+    portable::strides,
+    tensor_core::{
+        Blueprint, NumbersLaunch,
+        source::{Gpu, Sample, buffer, samples, target},
+    },
+    visibility::Visibility,
+};
+
+/// Writes a kernel.
+type Source = Box<dyn FnOnce() -> Result<String, String>>;
+
+fn numbers() -> NumbersLaunch {
+    NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0)
+}
+
+fn key_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
+    let element: ElemType = blueprint.shape.operand.element().into();
+    let [scores, weights, sums] = sizes(blueprint);
+    let kernel = key_kernel::create_dummy_kernel(
+        gpu.properties(),
+        target(),
+        CubeCount::Static(1, 1, 1),
+        CubeDim::new_1d(key::threads(blueprint)),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        strides([1; 4]),
+        strides([1; 4]),
+        strides([1; 4]),
+        strides([1; 4]),
+        numbers(),
+        1.0,
+        blueprint,
+        element,
+        scores,
+        weights,
+        sums,
+    );
+    gpu.compile(&kernel)
+}
+
+fn query_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
+    let element: ElemType = blueprint.shape.operand.element().into();
+    let [scores, slopes, sums] = sizes(blueprint);
+    let kernel = query_kernel::create_dummy_kernel(
+        gpu.properties(),
+        target(),
+        CubeCount::Static(1, 1, 1),
+        CubeDim::new_1d(blueprint.threads()),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        buffer(),
+        strides([1; 4]),
+        strides([1; 4]),
+        strides([1; 4]),
+        strides([1; 4]),
+        numbers(),
+        1.0,
+        blueprint,
+        element,
+        scores,
+        slopes,
+        sums,
+    );
+    gpu.compile(&kernel)
+}
+
+/// The CUDA C++ of both kernels of the cases that [`samples`] asks for: for the A100 all of head dim 128, one with a
+/// softcap besides, and the plain routed ones of other head dims; for the H100 full attention; one for consumer cards,
+/// whose cubes have less shared memory. With names and architectures.
+pub(crate) fn sources() -> impl Iterator<Item = (String, Source)> {
+    let plain = |sample: &Sample| sample.routed && !sample.ragged;
+    let full = move |sample: &Sample| plain(sample) && sample.visibility == Visibility::All;
+    let one = || samples().find(|sample| full(sample) && sample.problem.head_dim == 128);
+    let capped = one().and_then(|sample| {
+        let problem = sample.problem.with_softcap(1.0).ok()?;
+        Some(Sample { problem, ..sample })
+    });
+    let on_a100 =
+        samples().filter(move |sample| sample.problem.head_dim == 128 || plain(sample)).chain(capped);
+    let on_a100 = on_a100.map(|sample| (Gpu::A100, LARGE, "", sample));
+    let on_h100 = samples().filter(full).map(|sample| (Gpu::H100, 227 << 10, "", sample));
+    let on_small = one().map(|sample| (Gpu::A100, SHARED_MEMORY, "-small", sample));
+    on_a100.chain(on_h100).chain(on_small).flat_map(|(gpu, shared_memory, room, sample)| {
+        let of_both = blueprints(&sample.problem, sample.sight(), shared_memory);
+        of_both.into_iter().flat_map(move |Blueprints { key, query }| {
+            let name = |kind| format!("mma-backward-{kind}{room}-{}.{}", sample.name(), gpu.arch());
+            let of_key: Source = Box::new(move || key_source(key, gpu));
+            let of_query: Source = Box::new(move || query_source(query, gpu));
+            [(name("key"), of_key), (name("query"), of_query)]
+        })
+    })
+}
