@@ -61,6 +61,7 @@ fn blueprint(
         query_stages,
         item_stages: query_stages,
         turns: false,
+        slice_tiles: 0,
     })
 }
 
