@@ -63,6 +63,7 @@ fn blueprint(
         query_stages,
         item_stages: query_stages,
         turns: false,
+        slice_tiles: 0,
     })
 }
 

@@ -81,6 +81,8 @@ pub(crate) struct Blueprint {
     pub(crate) item_stages: u32,
     /// Warpgroups issue their products in turns.
     pub(crate) turns: bool,
+    /// Tiles of keys in a slice, where items of long contexts are cut in slices; 0 where they are not.
+    pub(crate) slice_tiles: u32,
 }
 
 impl Blueprint {
@@ -127,6 +129,11 @@ impl Blueprint {
     /// Whether items can be cut into parts, each with some of the keys. Rows of a window see too few for it.
     pub(crate) const fn in_parts(self) -> bool {
         matches!(self.visibility, Visibility::All | Visibility::NonCausal | Visibility::Far)
+    }
+
+    /// Whether items can be cut into slices, of as many tiles each.
+    pub(crate) const fn in_slices(self) -> bool {
+        self.slice_tiles > 0
     }
 
     /// Whether the only keys between an item's first and last that a row does not see are the last ones: then the tiles

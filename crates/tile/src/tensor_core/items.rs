@@ -22,16 +22,12 @@ pub(crate) struct Keys {
 
 #[cube]
 impl Keys {
-    /// Keeps the tiles of one of several parts. There are no sinks apart.
-    pub(crate) fn keep_part(&mut self, part: u32, parts: u32, #[comptime] blueprint: Blueprint) {
-        if comptime![blueprint.in_parts()] {
-            let size = comptime![blueprint.shape.keys as i32];
-            let first = self.tiles * part / parts;
-            let end = self.tiles * (part + 1u32) / parts;
-            self.end = min(self.end, self.begin + end as i32 * size);
-            self.begin += first as i32 * size;
-            self.tiles = end - first;
-        }
+    /// Keeps the tiles from `first` to before `end`. There are no sinks apart.
+    pub(crate) fn keep(&mut self, first: u32, end: u32, #[comptime] blueprint: Blueprint) {
+        let size = comptime![blueprint.shape.keys as i32];
+        self.end = min(self.end, self.begin + end as i32 * size);
+        self.begin += first as i32 * size;
+        self.tiles = end - first;
     }
 }
 

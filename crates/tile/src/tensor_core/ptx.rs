@@ -72,6 +72,27 @@ pub(crate) fn load_pair(source: u64) -> Vector<f32, Const<2>> {
     pair
 }
 
+/// Loads four numbers from global memory.
+#[cube]
+pub(crate) fn load_quad(source: u64) -> Vector<f32, Const<4>> {
+    let quad: Vector<f32, Const<4>>;
+    gpu_asm!(
+        "ld.global.v4.f32 {{%0, %1, %2, %3}}, [{at}]; // {q}\n",
+        q = out(_) quad, at = in(_) source
+    );
+    quad
+}
+
+/// Stores four numbers to global memory.
+#[cube]
+pub(crate) fn store_quad(destination: u64, a: f32, b: f32, c: f32, d: f32) {
+    gpu_asm!(
+        "st.global.v4.f32 [{at}], {{{a}, {b}, {c}, {d}}};",
+        at = in(_) destination, a = in(_) f32::reinterpret(a), b = in(_) f32::reinterpret(b),
+        c = in(_) f32::reinterpret(c), d = in(_) f32::reinterpret(d)
+    );
+}
+
 /// Stores two numbers to global memory.
 #[cube]
 pub(crate) fn store_pair(destination: u64, a: f32, b: f32) {

@@ -298,3 +298,23 @@ pub(crate) fn copies_end() {
 pub(crate) fn fence_device() {
     gpu_asm!("fence.acq_rel.gpu;");
 }
+
+/// Waits until the word at an address of global memory is `value`. What the thread that [`release`]d it had written, or
+/// had met at a barrier, is seen by this thread then, and by those that meet it at a barrier.
+#[cube]
+pub(crate) fn wait_for(address: u64, value: u32) {
+    gpu_asm!(
+        "{{ .reg .pred done; .reg .b32 x; again: ld.acquire.gpu.global.u32 x, [{a}]; setp.eq.u32 done, x, {v}; \
+         @done bra over; bra again; over: }}",
+        a = in(_) address, v = in(_) u32::reinterpret(value)
+    );
+}
+
+/// Writes a word of global memory for [`wait_for`].
+#[cube]
+pub(crate) fn release(address: u64, value: u32) {
+    gpu_asm!(
+        "st.release.gpu.global.u32 [{a}], {v};",
+        a = in(_) address, v = in(_) u32::reinterpret(value)
+    );
+}

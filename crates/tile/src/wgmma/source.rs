@@ -53,6 +53,7 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
         strides([1; 4]),
         NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0),
         1,
+        1,
         blueprint,
         [element, out],
         blueprint.shape.keys / 2,

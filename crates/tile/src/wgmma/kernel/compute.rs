@@ -4,8 +4,10 @@ use cubecl::prelude::*;
 
 use super::{
     ARRIVALS, ITEM_STAGES, Room, WARPGROUP, WARPGROUP_ROWS, arrive_plane,
+    cuts::{Cuts, Piece},
     items::announced,
-    parts::{park, take_up},
+    parts::{is_last, park, take_up},
+    slices::{add_before, give_turn, wait_for_turn},
     stage_of, tickets,
 };
 use crate::{
@@ -34,8 +36,7 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
-    slots: u32,
-    parts: u32,
+    cuts: &Cuts,
     out_strides: &Strides,
     room: &Room,
     row_ids: &[u32],
@@ -69,12 +70,13 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
         }
     }
     let mut item = announced(0u32, &*cells, room);
-    while ptx::uniform(item.slot) < slots {
-        let this_slot = item.slot;
+    while ptx::uniform(item.piece.item) < cuts.items {
+        let piece = Piece { item: ptx::uniform(item.piece.item), number: ptx::uniform(item.piece.number) };
+        let pieces = ptx::uniform(item.pieces);
         let rows = item.rows;
         let batch = item.list / numbers.kv_heads;
         let kv_head = item.list % numbers.kv_heads;
-        let keys = item.keys(number, parts, row_ids, sequences, numbers, blueprint);
+        let keys = item.keys(number, cuts, row_ids, sequences, numbers, blueprint);
         let ids = number % ITEM_STAGES * comptime![blueprint.shape.rows as u32];
         let upper_id = row_ids[(ids + tile_row) as usize];
         let lower_id = row_ids[(ids + tile_row + 8u32) as usize];
@@ -97,8 +99,8 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
 
         let mut softmax = Softmax::new(upper_head, lower_head, sink_logits, numbers, blueprint);
         if comptime![blueprint.sink_logits && blueprint.in_parts()] {
-            // The sink is one key: the first part has it.
-            if this_slot % parts > 0u32 {
+            // The sink is one key: the first piece has it.
+            if piece.number > 0u32 {
                 #[unroll]
                 for row in 0..2usize {
                     softmax.maximum[row] = numbers.neg_inf;
@@ -191,28 +193,42 @@ pub(super) fn compute_items<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
 
         let mut whole = true;
         if comptime![blueprint.in_parts()] {
-            if parts > 1u32 {
-                let first_slot = this_slot / parts * parts;
-                whole = park::<NO>(
-                    &acc,
-                    &softmax,
-                    this_slot,
-                    parts,
-                    parked,
+            // Taken here, so that no register keeps it over the loop.
+            let parked = global_address::<f32>(parked.as_ptr());
+            if cuts.sliced {
+                if comptime![blueprint.in_slices()] {
+                    let turns = global_address::<Atomic<u32>>(counters.as_ptr());
+                    let room = piece.item % cuts.room;
+                    let counter = first_counter + comptime![tickets::PARTS] + room * 2u32 + warpgroup;
+                    let counter = turns + counter as u64 * 4u64;
+                    whole = piece.number + 1u32 == pieces;
+                    wait_for_turn(counter, &piece, cuts, together);
+                    if piece.number > 0u32 {
+                        acc = add_before::<NO>(&acc, &mut softmax, parked, room, numbers, blueprint);
+                    }
+                    if !whole {
+                        park::<NO>(&acc, &softmax, parked, room, blueprint);
+                    }
+                    give_turn(counter, &piece, whole, cuts, together);
+                }
+            } else if pieces > 1u32 {
+                let first = piece.item * pieces;
+                park::<NO>(&acc, &softmax, parked, first + piece.number, blueprint);
+                whole = is_last(
+                    pieces,
                     counters,
-                    first_counter + comptime![tickets::PARTS] + first_slot / parts * 2u32 + warpgroup,
+                    first_counter + comptime![tickets::PARTS] + piece.item * 2u32 + warpgroup,
                     cells,
                     comptime![ARRIVALS] + warpgroup,
                     together,
-                    blueprint,
                 );
                 if whole {
-                    acc = take_up::<NO>(&mut softmax, first_slot, parts, parked, numbers, blueprint);
+                    acc = take_up::<NO>(&mut softmax, parked, first, pieces, numbers, blueprint);
                 }
             }
         }
         if whole {
-            // Of all parts.
+            // Of all pieces.
             let keys = keys_between(&at.first, &at.last, numbers, blueprint);
             let upper = finish::<NO>(
                 &acc,

@@ -8,6 +8,7 @@ use cubecl::prelude::*;
 
 use super::{
     GATHERERS, ITEM_STAGES, Room,
+    cuts::{Cuts, Piece},
     items::{announce, announced},
     stage_of,
     tickets::{Tickets, dealt, leave},
@@ -37,8 +38,7 @@ pub(super) fn stream<E: Float>(
     row_ids: &[u32],
     cells: &[u32],
     sequences: &[u32],
-    slots: u32,
-    parts: u32,
+    cuts: &Cuts,
     room: &Room,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
@@ -48,8 +48,8 @@ pub(super) fn stream<E: Float>(
     let mut tiles_before = 0u32;
     let mut number = 0u32;
     let mut item = announced(0u32, cells, room);
-    while item.slot < slots {
-        let keys = item.keys(number, parts, row_ids, sequences, numbers, blueprint);
+    while item.piece.item < cuts.items {
+        let keys = item.keys(number, cuts, row_ids, sequences, numbers, blueprint);
         ptx::arrive(room.item_empty + number % ITEM_STAGES * 8u32);
         let batch = item.list / numbers.kv_heads;
         let head = item.list % numbers.kv_heads;
@@ -97,8 +97,7 @@ pub(super) fn gather_items(
     row_ids: &mut [u32],
     row_offsets: &mut [u32],
     cells: &mut [u32],
-    slots: u32,
-    parts: u32,
+    cuts: &Cuts,
     room: &Room,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
@@ -106,16 +105,34 @@ pub(super) fn gather_items(
     let tile_rows = comptime![blueprint.shape.rows as u32];
     let query_stages = comptime![blueprint.query_stages];
     let thread = UNIT_POS % GATHERERS;
-    let mut tickets = Tickets::new();
+    let slots = cuts.slots();
+    let mut tickets = Tickets::new(cuts);
     let mut slot = CUBE_POS as u32;
+    // Of the item in the slot, as the thread that draws knows.
+    let mut pieces = cuts.pieces;
+    if comptime![blueprint.in_slices()] {
+        if cuts.sliced {
+            if thread == 0u32 {
+                tickets.draw(counters, first_counter, cuts, items, rows, sequences, numbers, blueprint);
+                tickets.hand_out(1u32, cells);
+            }
+            ptx::turn_wait(GATHERING, comptime![GATHERERS as usize]);
+            slot = tickets.handed_out(1u32, &*cells);
+            pieces = tickets.pieces;
+            if thread == 0u32 && slot < slots {
+                tickets.draw(counters, first_counter, cuts, items, rows, sequences, numbers, blueprint);
+            }
+        }
+    }
     let mut number = 0u32;
     while slot < slots {
-        let item = item_of(slot / parts, items, numbers, blueprint);
+        let piece = cuts.piece(slot);
+        let item = item_of(piece.item, items, numbers, blueprint);
         let (stage, phase) = stage_of(number, ITEM_STAGES);
         let (buffer, buffer_phase) = stage_of(number, query_stages);
         ptx::wait_parity(room.item_empty + stage * 8u32, phase ^ 1u32);
         if thread == 0u32 {
-            announce(number, slot, item.list, item.rows, cells);
+            announce(number, &piece, pieces, item.list, item.rows, cells);
             if comptime![blueprint.routed] {
                 tickets.hand_out(number, cells);
             }
@@ -149,23 +166,25 @@ pub(super) fn gather_items(
             thread,
             blueprint,
         );
-        if comptime![blueprint.routed] {
-            slot = tickets.handed_out(number, &*cells);
-            if thread == 0u32 && slot < slots {
-                tickets.draw(counters, first_counter);
-            }
-        } else {
+        if comptime![!blueprint.routed] {
             slot = dealt(number + 1u32);
         }
         ptx::copies_end();
         ptx::arrive(room.query_full + buffer * 8u32);
+        if comptime![blueprint.routed] {
+            slot = tickets.handed_out(number, &*cells);
+            pieces = tickets.pieces;
+            if thread == 0u32 && slot < slots {
+                tickets.draw(counters, first_counter, cuts, items, rows, sequences, numbers, blueprint);
+            }
+        }
         number += 1u32;
     }
     let (stage, phase) = stage_of(number, ITEM_STAGES);
     ptx::wait_parity(room.item_empty + stage * 8u32, phase ^ 1u32);
     if thread == 0u32 {
-        // A slot that there is not: the end.
-        announce(number, slots, 0u32, 0u32, cells);
+        // An item that there is not: the end.
+        announce(number, &Piece { item: cuts.items, number: 0u32 }, 1u32, 0u32, 0u32, cells);
         if comptime![blueprint.routed] {
             leave(counters, first_counter);
         }

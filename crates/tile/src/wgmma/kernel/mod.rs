@@ -13,17 +13,19 @@
 use cubecl::prelude::*;
 
 mod compute;
+mod cuts;
 mod fetch;
 mod items;
 pub(super) mod parts;
+mod slices;
 pub(super) mod tickets;
 
 use bifocal_core::device::RoutedRows;
 
 use self::{
     compute::compute_items,
+    cuts::Cuts,
     fetch::{gather_items, stream},
-    parts::parts_of,
 };
 use super::ptx;
 use crate::{
@@ -117,8 +119,10 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     value_strides: Strides,
     out_strides: Strides,
     numbers: Numbers,
-    // Slots that there is room to park, and to count.
+    // Pieces whose sums there is room to park, and to count.
     park_room: u32,
+    // Slices of an item, at most; 1 where items are not cut in slices.
+    most_slices: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
     #[define(NS)] _scores: usize,
@@ -186,8 +190,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
     }
     sync_cube();
 
-    let parts = parts_of(count, park_room, blueprint);
-    let slots = count * parts;
+    let cuts = Cuts::new(count, park_room, most_slices, blueprint);
     let layout = Layout { query: query_strides, key: key_strides, value: value_strides };
     if ptx::uniform(UNIT_POS / WARPGROUP) < comptime![blueprint.warpgroups()] {
         ptx::more_registers(COMPUTE_REGISTERS);
@@ -203,8 +206,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
             sequences,
             out,
             lse,
-            slots,
-            parts,
+            &cuts,
             &out_strides,
             &room,
             &row_ids,
@@ -224,8 +226,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 &row_ids,
                 &cells,
                 sequences,
-                slots,
-                parts,
+                &cuts,
                 &room,
                 &numbers,
                 blueprint,
@@ -239,8 +240,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 &row_ids,
                 &cells,
                 sequences,
-                slots,
-                parts,
+                &cuts,
                 &room,
                 &numbers,
                 blueprint,
@@ -257,8 +257,7 @@ pub(crate) fn attend_kernel<E: Float, O: Float, NS: Size, NP: Size, NO: Size>(
                 &mut row_ids,
                 &mut row_offsets,
                 &mut cells,
-                slots,
-                parts,
+                &cuts,
                 &room,
                 &numbers,
                 blueprint,

@@ -7,7 +7,11 @@ use cubecl::prelude::*;
 
 use super::WARPGROUP;
 use crate::{
-    tensor_core::{Blueprint, Numbers, ptx::exp2_fast, softmax::Softmax},
+    tensor_core::{
+        Blueprint, Numbers,
+        ptx::{exp2_fast, load_quad, store_quad},
+        softmax::Softmax,
+    },
     wgmma::ptx,
 };
 
@@ -29,40 +33,65 @@ pub(super) fn parts_of(count: u32, room: u32, #[comptime] blueprint: Blueprint) 
     parts
 }
 
-/// Where a thread parks the `number`-th of its numbers of a slot.
+/// Where a thread parks four of its numbers in a room: of its outputs, and last its maxima and sums.
 #[cube]
-fn place(slot: u32, #[comptime] number: usize, #[comptime] blueprint: Blueprint) -> usize {
+fn place(parked: u64, room: u32, #[comptime] quad: usize, #[comptime] blueprint: Blueprint) -> u64 {
     let threads = comptime![blueprint.warpgroups() * WARPGROUP];
-    let numbers = comptime![parked_numbers(blueprint) as u32];
-    ((slot * numbers + comptime![number as u32]) * threads + UNIT_POS) as usize
+    let quads = comptime![parked_numbers(blueprint) as u32 / 4];
+    parked + ((room * quads + comptime![quad as u32]) * threads + UNIT_POS) as u64 * 16u64
 }
 
-/// Parks what this warpgroup has summed over its part of an item. True in the warpgroup that is the item's last; the
-/// others are done with it.
+/// Four numbers that this thread of some cube has parked in a room.
+#[cube]
+pub(super) fn parked_quad(
+    parked: u64,
+    room: u32,
+    #[comptime] quad: usize,
+    #[comptime] blueprint: Blueprint,
+) -> Vector<f32, Const<4>> {
+    load_quad(place(parked, room, quad, blueprint))
+}
+
+/// Parks what a thread holds in a room.
 #[cube]
 pub(super) fn park<NO: Size>(
     acc: &Vector<f32, NO>,
     softmax: &Softmax,
-    slot: u32,
+    parked: u64,
+    room: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let quads = comptime![blueprint.shape.columns() / 8];
+    #[unroll]
+    for quad in 0..quads {
+        store_quad(
+            place(parked, room, quad, blueprint),
+            acc.extract(comptime![quad * 4]),
+            acc.extract(comptime![quad * 4 + 1]),
+            acc.extract(comptime![quad * 4 + 2]),
+            acc.extract(comptime![quad * 4 + 3]),
+        );
+    }
+    store_quad(
+        place(parked, room, quads, blueprint),
+        softmax.maximum[0],
+        softmax.maximum[1],
+        softmax.sum[0],
+        softmax.sum[1],
+    );
+}
+
+/// Counts a part of an item that this warpgroup has parked. True in the warpgroup that is the item's last; the others are
+/// done with it.
+#[cube]
+pub(super) fn is_last(
     parts: u32,
-    parked: &mut [f32],
     counters: &[Atomic<u32>],
     counter: u32,
     cells: &mut [u32],
     cell: u32,
     together: u32,
-    #[comptime] blueprint: Blueprint,
 ) -> bool {
-    let outputs = comptime![blueprint.shape.columns() / 2];
-    #[unroll]
-    for i in 0..outputs {
-        parked[place(slot, i, blueprint)] = acc.extract(i);
-    }
-    #[unroll]
-    for row in 0..2usize {
-        parked[place(slot, comptime![outputs + row], blueprint)] = softmax.maximum[row];
-        parked[place(slot, comptime![outputs + 2 + row], blueprint)] = softmax.sum[row];
-    }
     // All of it is in memory before it is counted, and counted before it is read.
     ptx::fence_device();
     ptx::turn_wait(together, 128usize);
@@ -78,44 +107,52 @@ pub(super) fn park<NO: Size>(
     last
 }
 
-/// Adds up what was parked for all parts of an item, from `slot` on, in their order, whoever came last.
+/// Adds up what was parked for all parts of an item, from room `first` on, in their order, whoever came last.
 #[cube]
 pub(super) fn take_up<NO: Size>(
     softmax: &mut Softmax,
-    slot: u32,
+    parked: u64,
+    first: u32,
     parts: u32,
-    parked: &mut [f32],
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) -> Vector<f32, NO> {
-    let outputs = comptime![blueprint.shape.columns() / 2];
+    let quads = comptime![blueprint.shape.columns() / 8];
+    let mut upper = numbers.neg_inf;
+    let mut lower = numbers.neg_inf;
+    for part in 0..parts {
+        let state = parked_quad(parked, first + part, quads, blueprint);
+        upper = max(upper, state.extract(0usize));
+        lower = max(lower, state.extract(1usize));
+    }
+    softmax.maximum[0] = upper;
+    softmax.maximum[1] = lower;
+    let mut acc = Vector::<f32, NO>::new(0.0f32);
     let mut offsets = Array::<f32>::new(2usize);
     #[unroll]
     for row in 0..2usize {
-        let mut maximum = numbers.neg_inf;
-        for part in 0..parts {
-            maximum = max(maximum, parked[place(slot + part, comptime![outputs + row], blueprint)]);
-        }
-        softmax.maximum[row] = maximum;
         softmax.sum[row] = 0.0f32;
+        let maximum = softmax.maximum[row];
         // As in the fold: a row that has seen no key keeps a finite offset.
         offsets[row] = select(maximum == numbers.neg_inf, 0.0f32, maximum) * numbers.exponent_scale;
     }
-    let mut acc = Vector::<f32, NO>::new(0.0f32);
     for part in 0..parts {
+        let state = parked_quad(parked, first + part, quads, blueprint);
         let mut shares = Array::<f32>::new(2usize);
         #[unroll]
         for row in 0..2usize {
-            let maximum = parked[place(slot + part, comptime![outputs + row], blueprint)];
-            let sum = parked[place(slot + part, comptime![outputs + 2 + row], blueprint)];
-            shares[row] = exp2_fast(fma(maximum, numbers.exponent_scale, -offsets[row]));
-            softmax.sum[row] = fma(sum, shares[row], softmax.sum[row]);
+            shares[row] = exp2_fast(fma(state.extract(row), numbers.exponent_scale, -offsets[row]));
+            softmax.sum[row] = fma(state.extract(comptime![2 + row]), shares[row], softmax.sum[row]);
         }
         #[unroll]
-        for i in 0..outputs {
-            let share = shares[comptime![i / 2 % 2]];
-            let sum = fma(parked[place(slot + part, i, blueprint)], share, acc.extract(i));
-            acc.insert(i, sum);
+        for quad in 0..quads {
+            let values = parked_quad(parked, first + part, quad, blueprint);
+            #[unroll]
+            for i in 0..4usize {
+                let at = comptime![quad * 4 + i];
+                let sum = fma(values.extract(i), shares[comptime![i / 2]], acc.extract(at));
+                acc.insert(at, sum);
+            }
         }
     }
     acc
