@@ -90,6 +90,7 @@ on_every_device! {
     gate_gradients_equal_the_oracle
     choice_gradients_equal_the_oracle
     warpgroup_products_are_plain_sums
+    long_contexts_equal_all_rows
 }
 
 #[test]

@@ -58,6 +58,7 @@ pub(super) fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) 
         stages,
         query_stages: 1,
         item_stages: 1,
+        slice_tiles: 0,
         turns: false,
     };
     // Keys of a cube, rows of a step, keys of a warp. Rows are read from shared memory once per warp, keys once per
