@@ -204,6 +204,10 @@ fn for_backward(mut case: Case, profile: &DeviceProfile) -> Case {
     if case.routine.is_some_and(|routine| !runs(routine)) {
         case.routine = None;
     }
+    if case.routine == Some(Routine::Mma) {
+        // It takes the outputs' gradient in the type of the inputs alone.
+        case.out_f32 = false;
+    }
     if profile.runtime.contains("wgpu") {
         // A backward pass is three kernels or more, and shaders are compiled for seconds: few different ones.
         (case.head_dim, case.value_dim) = (32, 32);

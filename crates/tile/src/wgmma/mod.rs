@@ -72,8 +72,10 @@ fn blueprint(
         turns,
         slice_tiles: 0,
     };
-    // All rows of a list follow one another through its keys; routed ones are few, and soon at different places.
-    let slice_tiles = if routed && blueprint.in_parts() { SLICE_TILES } else { 0 };
+    // All rows of a list follow one another through its keys; routed ones are few, and soon at different places. The
+    // outputs of head dim 256 leave no registers to add others to.
+    let sliced = routed && blueprint.in_parts() && problem.head_dim < 256;
+    let slice_tiles = if sliced { SLICE_TILES } else { 0 };
     Some(Blueprint { slice_tiles, ..blueprint })
 }
 
