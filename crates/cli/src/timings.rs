@@ -49,7 +49,7 @@ pub(crate) struct Timing {
     /// The share of routes that came out far, of token-heads or, for L2A, of tokens.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) far_share: Option<f64>,
-    /// 4 D for every pair of a query and a key that its route shows; none for router and plan.
+    /// 4 D for every pair of a query and a key that its route shows, 14 D with the backward pass; none for router and plan.
     pub(crate) useful_flop: Option<f64>,
     pub(crate) useful_gflops: Option<f64>,
     /// Every input read once and every output written once.
