@@ -130,7 +130,9 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
         let row = (mine.batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
         gradient_offsets[lane] = (row * numbers.head_dim) as usize;
         let of_row = select(mine.invalid[lane], numbers.nan, lse[row as usize]);
-        written[lane] = comptime![lane as u32] < slot.count && of_row != numbers.neg_inf;
+        // Asked as an equality: not in every shader language does NaN differ from a number.
+        let count = select(of_row == numbers.neg_inf, 0u32, slot.count);
+        written[lane] = comptime![lane as u32] < count;
         lses.insert(lane, of_row);
         deltas.insert(lane, delta[row as usize]);
     }
