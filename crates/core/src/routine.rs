@@ -63,6 +63,8 @@ pub enum Refusal {
         /// Which kind, in words.
         needs: &'static str,
     },
+    /// The routine has no kernel for capped scores.
+    Softcap,
     /// The softmax scale is not positive.
     Scale {
         /// The scale.
@@ -94,6 +96,7 @@ impl fmt::Display for Refusal {
                 write!(f, "head dim {head_dim} is not supported (expected {supported})")
             }
             Refusal::Architecture { needs } => write!(f, "it needs {needs}"),
+            Refusal::Softcap => f.write_str("it has no kernel for capped scores"),
             Refusal::Scale { scale } => write!(f, "softmax scale {scale} is not positive"),
             Refusal::Layout { tensor, layout } => write!(f, "{tensor} has {layout}"),
             Refusal::NotAsked => f.write_str("another routine was asked for"),

@@ -42,6 +42,7 @@ pub fn supports_backward(
         return Err(Refusal::NotAsked);
     }
     match routine {
+        Routine::Wgmma => wgmma::backward::supports(problem, profile),
         Routine::Mma => mma::backward::supports(problem, profile),
         Routine::Portable => portable::supports(problem, profile),
         _ => Err(Refusal::NotImplemented),
@@ -220,6 +221,7 @@ pub fn backward(
     let mut refusals = Vec::new();
     for routine in Routine::ALL {
         let takes = supports_backward(routine, problem, &profile).and_then(|()| match routine {
+            Routine::Wgmma => wgmma::backward::takes(problem, inputs, saved),
             Routine::Mma => mma::backward::takes(problem, inputs, saved),
             _ => Ok(()),
         });
@@ -227,6 +229,9 @@ pub fn backward(
             Ok(()) => {
                 let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
                 match routine {
+                    Routine::Wgmma => {
+                        wgmma::backward::launch(client, problem, inputs, &work, saved, gradients);
+                    }
                     Routine::Mma => {
                         mma::backward::launch(client, &profile, problem, inputs, &work, saved, gradients);
                     }

@@ -25,7 +25,8 @@ pub use wgmma::products;
 pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
     let wgmma = wgmma::sources().filter(move |(name, _)| name.contains(part));
     let mma = mma::sources().filter(move |(name, _)| name.contains(part));
-    let backward = mma::backward::sources().filter(move |(name, _)| name.contains(part));
+    let backward = wgmma::backward::sources().chain(mma::backward::sources());
+    let backward = backward.filter(move |(name, _)| name.contains(part));
     wgmma
         .map(|(name, source)| source().map(|source| (name, source)))
         .chain(mma.map(|(name, source)| source().map(|source| (name, source))))

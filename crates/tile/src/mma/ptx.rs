@@ -7,6 +7,7 @@
 
 use cubecl::prelude::*;
 
+pub(super) use crate::tensor_core::ptx::{copies_commit, copies_wait, copy_16_or_zeros};
 use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape, swizzled};
 
 #[cfg(test)]
@@ -146,27 +147,6 @@ pub(super) fn values<WO: Size, WP: Size>(
         p = in(_) Vector::<u32, WP>::reinterpret(weights), v = in(_) value, body = const body
     );
     sum
-}
-
-/// Starts a copy of 16 bytes from global to shared memory, of which the first `bytes` are read and the others zero.
-#[cube]
-pub(super) fn copy_16_or_zeros(destination: u32, source: u64, bytes: u32) {
-    gpu_asm!(
-        "cp.async.cg.shared.global [{d}], [{s}], 16, {n};",
-        d = in(_) destination, s = in(_) source, n = in(_) bytes
-    );
-}
-
-/// Makes a group of this thread's copies since the last.
-#[cube]
-pub(super) fn copies_commit() {
-    gpu_asm!("cp.async.commit_group;");
-}
-
-/// Waits for this thread's groups of copies, but for the `pending` newest.
-#[cube]
-pub(super) fn copies_wait(#[comptime] pending: u32) {
-    gpu_asm!("cp.async.wait_group {n};", n = const pending);
 }
 
 /// Waits for all of this thread's copies.

@@ -54,6 +54,27 @@ pub(crate) fn copy_16(destination: u32, source: u64) {
     );
 }
 
+/// Starts a copy of 16 bytes from global to shared memory, of which the first `bytes` are read and the others zero.
+#[cube]
+pub(crate) fn copy_16_or_zeros(destination: u32, source: u64, bytes: u32) {
+    gpu_asm!(
+        "cp.async.cg.shared.global [{d}], [{s}], 16, {n};",
+        d = in(_) destination, s = in(_) source, n = in(_) bytes
+    );
+}
+
+/// Makes a group of this thread's copies since the last.
+#[cube]
+pub(crate) fn copies_commit() {
+    gpu_asm!("cp.async.commit_group;");
+}
+
+/// Waits for this thread's groups of copies, but for the `pending` newest.
+#[cube]
+pub(crate) fn copies_wait(#[comptime] pending: u32) {
+    gpu_asm!("cp.async.wait_group {n};", n = const pending);
+}
+
 /// Stores 16 bytes to global memory.
 #[cube]
 pub(crate) fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {

@@ -1,5 +1,7 @@
 //! The routine for Hopper: bulk copies, warpgroup products, cubes that stay for many items.
 
+pub(crate) mod backward;
+mod copies;
 mod kernel;
 mod products;
 mod ptx;

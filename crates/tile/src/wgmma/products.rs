@@ -11,10 +11,10 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, ir::ElemType, prelude::*};
 
-use super::{ptx, tensor_map};
+use super::{copies::load_tile, ptx, tensor_map};
 use crate::{
     tensor_core::{
-        Blueprint, PANEL, SWIZZLE, Shape,
+        Blueprint, SWIZZLE, Shape,
         ptx::{copy_16, global_address, shared_address},
         softmax::pack_weights,
     },
@@ -102,18 +102,8 @@ fn products_kernel<E: Float, NS: Size, NP: Size, NO: Size>(
     sync_cube();
     if UNIT_POS == 0 {
         ptx::arrive_expecting(full, comptime![2 * blueprint.key_bytes() as u32]);
-        if comptime![blueprint.whole_panels()] {
-            ptx::load_panels::<E>(key_map, key_room, full, 0u32, 0u32, 0u32);
-            ptx::load_panels::<E>(value_map, value_room, full, 0u32, 0u32, 0u32);
-        } else {
-            #[unroll]
-            for panel in 0..comptime![blueprint.panels() as u32] {
-                let at = comptime![panel * (keys * SWIZZLE) as u32];
-                let column = comptime![panel * PANEL as u32];
-                ptx::load_box::<E>(key_map, key_room + at, full, 0u32, 0u32, 0u32, column);
-                ptx::load_box::<E>(value_map, value_room + at, full, 0u32, 0u32, 0u32, column);
-            }
-        }
+        load_tile::<E>(key_map, key_room, full, 0u32, 0u32, 0u32, keys, blueprint);
+        load_tile::<E>(value_map, value_room, full, 0u32, 0u32, 0u32, keys, blueprint);
     }
     let row = UNIT_POS / 2u32;
     let source = global_address::<E>(query.as_ptr()) + (row * comptime![dim as u32 * 2]) as u64;

@@ -293,6 +293,12 @@ pub(crate) fn copies_end() {
     gpu_asm!("fence.proxy.async.shared::cta;");
 }
 
+/// Lets the tensor cores see this thread's copies that it has waited for.
+#[cube]
+pub(crate) fn copies_seen() {
+    gpu_asm!("fence.proxy.async.shared::cta;");
+}
+
 /// Orders this thread's memory accesses before and after, for the whole device.
 #[cube]
 pub(crate) fn fence_device() {

@@ -287,7 +287,7 @@ fn copy_step(
 
 /// Computes the gradient of a key, or of a value, again, row by row, by all threads of a warp.
 #[cube]
-fn redo<E: Float>(
+pub(crate) fn redo<E: Float>(
     of_keys: bool,
     list_index: u32,
     j: u32,

@@ -4,9 +4,9 @@
 //! in a fixed order: two products more than the five that there are, and no atomics. What the sums are is in
 //! `portable::backward`; rows without weights, and gradients that are not finite, are in `parts`.
 
-mod key;
-mod parts;
-mod query;
+pub(crate) mod key;
+pub(crate) mod parts;
+pub(crate) mod query;
 mod source;
 
 use bifocal_core::{

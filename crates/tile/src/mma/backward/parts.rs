@@ -14,17 +14,17 @@ use crate::{
 /// Where a row's numbers are.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Row {
+pub(crate) struct Row {
     /// Its query and its output's gradient, in elements.
-    pub(super) query: u32,
-    pub(super) d_out: u32,
+    pub(crate) query: u32,
+    pub(crate) d_out: u32,
     /// Among the log-sum-exps.
-    pub(super) index: u32,
-    pub(super) invalid: bool,
+    pub(crate) index: u32,
+    pub(crate) invalid: bool,
 }
 
 #[cube]
-pub(super) fn row_of_id(
+pub(crate) fn row_of_id(
     id: u32,
     batch: u32,
     kv_head: u32,
@@ -46,14 +46,14 @@ pub(super) fn row_of_id(
 /// What is added to a score's exponent of two to make it a weight: `-lse log2 e`. All weights of a row without keys are
 /// 0.
 #[cube]
-pub(super) fn exponent_of(lse: f32, invalid: bool, numbers: &Numbers) -> f32 {
+pub(crate) fn exponent_of(lse: f32, invalid: bool, numbers: &Numbers) -> f32 {
     let exponent = select(lse == numbers.neg_inf, lse, -(lse * std::f32::consts::LOG2_E));
     select(invalid, numbers.nan, exponent)
 }
 
 /// Numbers rounded and packed, two to a register, as a product takes them for its first operand.
 #[cube]
-pub(super) fn pack<WS: Size, WP: Size>(
+pub(crate) fn pack<WS: Size, WP: Size>(
     unpacked: &Vector<f32, WS>,
     #[comptime] count: usize,
     #[comptime] operand: Operand,
@@ -70,7 +70,7 @@ pub(super) fn pack<WS: Size, WP: Size>(
 /// Adds one of a thread's two rows of sums of a block, together with the three threads that hold the rest of it, to the
 /// gradient at address `target`. Sums that are not finite are left out: 1 for those, to be computed again.
 #[cube]
-pub(super) fn add_row<WO: Size>(
+pub(crate) fn add_row<WO: Size>(
     sums: &Vector<f32, WO>,
     target: u64,
     factor: f32,
@@ -112,9 +112,9 @@ pub(super) fn add_row<WO: Size>(
 /// What a pair of a row and a key weighs, and the gradient of its score before scaling.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-pub(super) struct Pair {
-    pub(super) weight: f32,
-    pub(super) slope: f32,
+pub(crate) struct Pair {
+    pub(crate) weight: f32,
+    pub(crate) slope: f32,
 }
 
 /// One pair, from memory, by all threads of a warp.
@@ -122,7 +122,7 @@ pub(super) struct Pair {
 /// A product takes every row and every key of a tile, and 0 x NaN is NaN: what is not finite spoils the gradients of
 /// keys and rows that do not meet it. Such gradients are computed again from pairs that do meet.
 #[cube]
-pub(super) fn pair_of<E: Float>(
+pub(crate) fn pair_of<E: Float>(
     query: &[E],
     key: &[E],
     value: &[E],
@@ -160,6 +160,6 @@ pub(super) fn pair_of<E: Float>(
 
 /// Where a key of a list begins, and its value.
 #[cube]
-pub(super) fn key_start(list: u32, key: u32, strides: &Strides, numbers: &Numbers) -> u32 {
+pub(crate) fn key_start(list: u32, key: u32, strides: &Strides, numbers: &Numbers) -> u32 {
     list / numbers.kv_heads * strides.batch + list % numbers.kv_heads * strides.head + key * strides.token
 }

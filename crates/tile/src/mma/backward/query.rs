@@ -43,7 +43,7 @@ impl Blueprint {
 
 /// Computes the gradient of a query again, key by key, by all threads of a warp.
 #[cube]
-fn redo<E: Float>(
+pub(crate) fn redo<E: Float>(
     id: u32,
     list: u32,
     query: &[E],

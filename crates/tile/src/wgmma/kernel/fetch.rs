@@ -17,12 +17,13 @@ use crate::{
     portable::Strides,
     rows::INVALID_ROW,
     tensor_core::{
-        Blueprint, Numbers, PANEL, SWIZZLE,
+        Blueprint, Numbers,
         items::{Item, bounds_of_row, item_of, row_at, tile_start},
-        ptx::copy_16,
-        swizzled,
     },
-    wgmma::ptx,
+    wgmma::{
+        copies::{copy_rows, load_tile},
+        ptx,
+    },
 };
 
 /// The barrier of the gathering threads among themselves. 0 is the cube's own, 1 to 4 the computing warpgroups'.
@@ -59,24 +60,17 @@ pub(super) fn stream<E: Float>(
             let full = full + stage * 8u32;
             ptx::wait_parity(empty + stage * 8u32, phase ^ 1u32);
             ptx::arrive_expecting(full, bytes);
-            if comptime![blueprint.whole_panels()] {
-                ptx::load_panels::<E>(map, ring + stage * bytes, full, batch, head, start as u32);
-            } else {
-                #[unroll]
-                for panel in 0..comptime![blueprint.panels() as u32] {
-                    let at =
-                        ring + stage * bytes + comptime![panel * (blueprint.shape.keys * SWIZZLE) as u32];
-                    ptx::load_box::<E>(
-                        map,
-                        at,
-                        full,
-                        batch,
-                        head,
-                        start as u32,
-                        comptime![panel * PANEL as u32],
-                    );
-                }
-            }
+            let to = ring + stage * bytes;
+            load_tile::<E>(
+                map,
+                to,
+                full,
+                batch,
+                head,
+                start as u32,
+                comptime![blueprint.shape.keys],
+                blueprint,
+            );
         }
         tiles_before += keys.tiles;
         number += 1u32;
@@ -164,6 +158,7 @@ pub(super) fn gather_items(
             number % 2u32 * tile_rows,
             room.query + buffer * comptime![blueprint.query_bytes() as u32],
             thread,
+            GATHERERS,
             blueprint,
         );
         if comptime![!blueprint.routed] {
@@ -220,36 +215,4 @@ fn note_row(
     row_offsets[offset_at as usize] = item.list / numbers.kv_heads * query_strides.batch
         + head * query_strides.head
         + row / numbers.group * query_strides.token;
-}
-
-/// Starts the copies of a tile of rows: eight threads take the 128 bytes of a row in a panel.
-#[cube]
-fn copy_rows(
-    source: u64,
-    row_offsets: &[u32],
-    offsets_at: u32,
-    to: u32,
-    thread: u32,
-    #[comptime] blueprint: Blueprint,
-) {
-    let rows_at_once = comptime![GATHERERS / 8];
-    let column = thread % 8u32;
-    let first_row = thread / 8u32;
-    let from = source + (column * 16u32) as u64;
-    // Rows of a pass are eight apart, so their column of the swizzle is the same.
-    let to = to + first_row * comptime![SWIZZLE as u32] + swizzled(first_row, column);
-    for pass in 0..comptime![blueprint.shape.rows as u32 / rows_at_once] {
-        let row = pass * rows_at_once;
-        let from = from + row_offsets[(offsets_at + row + first_row) as usize] as u64 * 2u64;
-        let to = to + row * comptime![SWIZZLE as u32];
-        #[unroll]
-        for panel in 0..comptime![blueprint.panels()] {
-            let at = comptime![(panel * blueprint.shape.rows * SWIZZLE) as u32];
-            let columns = comptime![((blueprint.shape.dim - panel * PANEL).min(PANEL) / 8) as u32];
-            // The last panel may be half full.
-            if column < columns {
-                copy_16(to + at, from + comptime![(panel * SWIZZLE) as u64]);
-            }
-        }
-    }
 }

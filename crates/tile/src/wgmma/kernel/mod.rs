@@ -37,9 +37,9 @@ use crate::{
 };
 
 /// Threads of a warpgroup, the unit that issues products.
-const WARPGROUP: u32 = 128;
+pub(super) const WARPGROUP: u32 = 128;
 /// Rows that a warpgroup computes.
-const WARPGROUP_ROWS: u32 = 64;
+pub(super) const WARPGROUP_ROWS: u32 = 64;
 /// Threads that gather query rows: half of the fetching warpgroup.
 const GATHERERS: u32 = 64;
 /// Items whose rows are known at a time.
@@ -47,8 +47,8 @@ pub(super) const ITEM_STAGES: u32 = 2;
 
 /// Registers of a thread that fetches and of one that computes. 168 is what 384 threads begin with; what the one
 /// warpgroup gives up the two take.
-const FETCH_REGISTERS: u32 = 40;
-const COMPUTE_REGISTERS: u32 = 232;
+pub(super) const FETCH_REGISTERS: u32 = 40;
+pub(super) const COMPUTE_REGISTERS: u32 = 232;
 
 /// Threads of a cube: those that compute, and those that fetch.
 pub(super) const fn threads(blueprint: Blueprint) -> u32 {
@@ -85,7 +85,7 @@ const fn barrier_bytes(blueprint: Blueprint) -> usize {
 
 /// One arrival for all threads of a warp.
 #[cube]
-fn arrive_plane(barrier: u32) {
+pub(super) fn arrive_plane(barrier: u32) {
     if UNIT_POS % 32u32 == 0u32 {
         ptx::arrive(barrier);
     }
@@ -93,7 +93,7 @@ fn arrive_plane(barrier: u32) {
 
 /// Stage and phase of the `number`-th use of a ring.
 #[cube]
-fn stage_of(number: u32, #[comptime] stages: u32) -> (u32, u32) {
+pub(super) fn stage_of(number: u32, #[comptime] stages: u32) -> (u32, u32) {
     (number % stages, (number / stages) % 2u32)
 }
 
