@@ -8,6 +8,7 @@ mod assigned;
 mod launch;
 mod linear;
 mod project;
+mod project_mma;
 
 pub use assigned::{FixedRouter, RandomRouter};
 pub use linear::{LinearChoice, LinearGate, Threshold};

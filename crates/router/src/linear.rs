@@ -10,6 +10,7 @@ use cubecl::{client::Client, prelude::*};
 use crate::{
     launch::{outputs, over_quads},
     project::{self, ProjectionLaunch, project_kernel},
+    project_mma,
 };
 
 /// When a gate opens.
@@ -189,32 +190,10 @@ fn route(
     let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
-    let projected = DeviceProfile::of(client).has_planes() && batch <= 65_535;
+    let profile = DeviceProfile::of(client);
+    let projected = profile.has_planes() && batch <= 65_535;
     if projected {
-        let blueprint = project::Blueprint::new(weight);
-        let (cubes, units) = blueprint.grid(batch, tokens, columns);
-        // SAFETY: spans were checked above; each plane checks its tokens and columns.
-        unsafe {
-            project_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                launch::elements(hidden),
-                launch::elements(weight.view()),
-                launch::elements(scores.view()),
-                ProjectionLaunch::new(
-                    tokens as u32,
-                    model_dim as u32,
-                    columns as u32,
-                    hidden.strides()[0] as u32,
-                    hidden.strides()[1] as u32,
-                    weight.strides()[0] as u32,
-                ),
-                blueprint,
-                [hidden.element().into(), weight.element().into()],
-                blueprint.width,
-            );
-        }
+        project(client, &profile, hidden, weight, &scores);
     }
     // SAFETY: spans were checked above; each unit checks its number against the quads there are.
     unsafe {
@@ -249,6 +228,61 @@ fn route(
         );
     }
     Ok(Decision { scores: Some(scores), routes, counts })
+}
+
+/// Launches the product of hidden states and weights, on tensor cores where they take it.
+fn project(
+    client: &Client,
+    profile: &DeviceProfile,
+    hidden: TensorView<'_, 3>,
+    weight: &Tensor<2>,
+    logits: &Tensor<4>,
+) {
+    let [batch, tokens, model_dim] = hidden.shape();
+    let [_, columns] = weight.shape();
+    let shape = ProjectionLaunch::new(
+        tokens as u32,
+        model_dim as u32,
+        columns as u32,
+        hidden.strides()[0] as u32,
+        hidden.strides()[1] as u32,
+        weight.strides()[0] as u32,
+    );
+    if let Some(blueprint) = project_mma::Blueprint::new(profile, hidden, weight) {
+        let (cubes, units) = blueprint.grid(batch, tokens, columns);
+        // SAFETY: the caller has checked spans; each thread checks its tokens and columns.
+        unsafe {
+            project_mma::project_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                launch::elements(hidden),
+                launch::elements(weight.view()),
+                launch::elements(logits.view()),
+                shape,
+                blueprint,
+                hidden.element().into(),
+            );
+        }
+        return;
+    }
+    let blueprint = project::Blueprint::new(weight);
+    let (cubes, units) = blueprint.grid(batch, tokens, columns);
+    // SAFETY: the caller has checked spans; each plane checks its tokens and columns.
+    unsafe {
+        project_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            launch::elements(hidden),
+            launch::elements(weight.view()),
+            launch::elements(logits.view()),
+            shape,
+            blueprint,
+            [hidden.element().into(), weight.element().into()],
+            blueprint.width,
+        );
+    }
 }
 
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
