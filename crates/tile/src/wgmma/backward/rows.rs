@@ -9,7 +9,7 @@ use crate::{
     rows::{Entries, INVALID_ROW, List, bounds_of_row, row_of},
     tensor_core::{
         Blueprint, Numbers, PANEL, SWIZZLE,
-        ptx::{copies_commit, copies_wait, copy_16_or_zeros, turn_wait},
+        ptx::{copies_commit, copies_wait, copy_16_or_zeros},
         swizzled,
     },
     visibility::Bounds,
