@@ -7,5 +7,5 @@ set -euo pipefail
 BIFOCAL=${BIFOCAL:-target/release/bifocal}
 RUN=$(mktemp -d)/demo-model
 "$BIFOCAL" train --text docs/src --out "$RUN" --attention aha --window 64 --layers 2 --model-dim 64 --heads 4 --kv-heads 2 \
-  --feed-forward 128 --context 2048 --batch 4 --steps 1500 --learning-rate 3e-3 --penalty 1e-2 --seed 7
+  --feed-forward 128 --context 2048 --batch 2 --steps 700 --learning-rate 2e-3 --seed 7
 "$BIFOCAL" export "$RUN" crates/cli/src/demo/model

@@ -29,3 +29,24 @@ pub fn settle_within(client: &Client, slack: Duration) {
     let launch = ThroughputValue { ops_count: 1, duration: slack };
     ThroughputCache::get_for_device(client.name(), client.properties()).lock().insert(key, launch);
 }
+
+#[cfg(all(test, feature = "cpu"))]
+mod tests {
+    use cubecl::throughput::ThroughputError;
+
+    use super::*;
+
+    #[test]
+    fn the_slack_is_taken_for_what_a_launch_takes() {
+        let folder = std::env::temp_dir().join(format!("bifocal-tuning-{}", std::process::id()));
+        crate::keep_kernels(&folder).unwrap();
+        let client = crate::open("cpu").unwrap();
+        let slack = Duration::from_micros(700);
+        settle_within(&client, slack);
+        // Known, so nothing is measured.
+        let key = ThroughputKey { mode: ThroughputMode::Launch };
+        let launch = client.measure_throughput(key, || Err(ThroughputError::NoTiming)).unwrap();
+        assert_eq!(launch.duration_per_op(), slack);
+        std::fs::remove_dir_all(&folder).unwrap();
+    }
+}
