@@ -3,51 +3,90 @@
 #
 #   benches/experiments.sh DEVICE FOLDER      from the repository's root, with the tool built (./dev demo)
 #
-# Runs that are finished are left alone and runs that were interrupted go on, so the script can be started again.
+# Runs that are finished are left alone and runs that were interrupted go on, so the script can be started again. JOBS of
+# them share the device: models this small leave a GPU idle most of the time. On `cpu` all is small enough for two cores.
 set -euo pipefail
 DEVICE=${1:?usage: benches/experiments.sh DEVICE FOLDER}
-OUT=${2:?usage: benches/experiments.sh DEVICE FOLDER}
+RUNS=${2:?usage: benches/experiments.sh DEVICE FOLDER}
 BIFOCAL=${BIFOCAL:-target/release/bifocal}
-STEPS=${STEPS:-4000}
-SEEDS=${SEEDS:-1 2 3}
-WINDOWS=${WINDOWS:-16 32 64 128 256}
 TEXT=(docs/src crates benches fuzz README.md CONTRIBUTING.md CHANGELOG.md)
-SIZE=(--layers 6 --model-dim 384 --heads 6 --kv-heads 6 --feed-forward 1024 --context 1024 --batch 16)
-PRECISION=f32
-[[ $DEVICE != cuda ]] || PRECISION=bf16
+case $DEVICE in
+  cpu)
+    JOBS=${JOBS:-1} STEPS=${STEPS:-300} SEEDS=${SEEDS:-1} WINDOWS=${WINDOWS:-8 16 32 64 128} NEAR=${NEAR:-32}
+    SIZE=(--layers 2 --model-dim 64 --heads 4 --kv-heads 4 --feed-forward 176 --context 256 --batch 8)
+    PRECISION=f32
+    ;;
+  *)
+    JOBS=${JOBS:-6} STEPS=${STEPS:-800} SEEDS=${SEEDS:-1 2} WINDOWS=${WINDOWS:-16 32 64 128 256} NEAR=${NEAR:-128}
+    SIZE=(--layers 4 --model-dim 256 --heads 4 --kv-heads 4 --feed-forward 704 --context 1024 --batch 16)
+    PRECISION=f32
+    [[ $DEVICE != cuda ]] || PRECISION=bf16
+    ;;
+esac
+# What looking far costs in a second sweep, beside the paper's 3e-4; none if empty.
+STRONG=${STRONG-1e-2}
 
-# run NAME SEED OPTIONS..
-run() {
-  local folder=$OUT/$1-s$2
+# train FOLDER SEED OPTIONS..
+train() {
+  local folder=$1 start=$SECONDS
+  mkdir -p "$folder"
   if [[ -e $folder/run.json ]]; then
-    "$BIFOCAL" train --resume --out "$folder"
-    return
+    set -- --resume --out "$folder"
+  else
+    # MORE is a list of options.
+    # shellcheck disable=SC2086
+    set -- --device "$DEVICE" --precision "$PRECISION" --out "$folder" --seed "$2" --steps "$STEPS" --log-every 20 \
+      "${SIZE[@]}" "${@:3}" ${MORE:-} --text "${TEXT[@]}"
   fi
-  # MORE is a list of options.
-  # shellcheck disable=SC2086
-  "$BIFOCAL" train --device "$DEVICE" --precision "$PRECISION" --out "$folder" --seed "$2" --steps "$STEPS" \
-    "${SIZE[@]}" "${@:3}" ${MORE:-} --text "${TEXT[@]}"
+  if "$BIFOCAL" train "$@" >>"$folder/train.log" 2>&1; then
+    echo "$folder: $((SECONDS - start)) s"
+  else
+    echo "$folder: failed, see $folder/train.log" >&2
+    return 1
+  fi
 }
 
 # The share of far that a run ended up with.
 far_share() { "$BIFOCAL" report "$1" --json - | sed -n 's/^ *"far_share": \([0-9.e-]*\),$/\1/p'; }
 
-mkdir -p "$OUT"
-for seed in $SEEDS; do
-  for window in $WINDOWS; do
-    run "aha-$window" "$seed" --attention aha --window "$window"
-  done
-  run dense "$seed" --attention full
-  run window-128 "$seed" --attention window --window 128
-  # As often as the gate that was learned, or a tenth where the sweep leaves that window out.
-  share=0.1
-  [[ ! -e $OUT/aha-128-s$seed ]] || share=$(far_share "$OUT/aha-128-s$seed")
-  run random-128 "$seed" --attention random-gate --window 128 --far-share "$share"
-done
+# AHA with the window of the controls, and then a gate that looks far as often, at random.
+gate_and_control() {
+  train "$RUNS/aha-$NEAR-s$1" "$1" --attention aha --window "$NEAR"
+  train "$RUNS/random-$NEAR-s$1" "$1" --attention random-gate --window "$NEAR" \
+    --far-share "$(far_share "$RUNS/aha-$NEAR-s$1")"
+}
+
+# beside COMMAND..: in the background, as soon as fewer than JOBS are.
+failed=0
+beside() {
+  while (($(jobs -rp | wc -l) >= JOBS)); do wait -n || failed=1; done
+  "$@" &
+}
+
+# Kernels are compiled once, and then loaded by all.
+[[ $DEVICE == cpu || -e $RUNS/warm-up/checkpoint ]] ||
+  (STEPS=2 && train "$RUNS/warm-up" 1 --attention aha --window "$NEAR")
 
 first=${SEEDS%% *}
-"$BIFOCAL" report "$OUT"/*-s* --plot "$OUT/all.svg" --markdown "$OUT/all.md" --json "$OUT/all.json"
-for run in "$OUT"/*-s"$first"; do
+for seed in $SEEDS; do
+  beside gate_and_control "$seed"
+  for window in $WINDOWS; do
+    [[ $window == "$NEAR" ]] || beside train "$RUNS/aha-$window-s$seed" "$seed" --attention aha --window "$window"
+  done
+  beside train "$RUNS/dense-s$seed" "$seed" --attention full
+  beside train "$RUNS/window-$NEAR-s$seed" "$seed" --attention window --window "$NEAR"
+done
+for window in ${STRONG:+$WINDOWS}; do
+  beside train "$RUNS/strong/aha-$window-s$first" "$first" --attention aha --window "$window" --penalty "$STRONG"
+done
+while [[ -n $(jobs -rp) ]]; do wait -n || failed=1; done
+if ((failed)); then exit 1; fi
+
+"$BIFOCAL" report "$RUNS"/*-s[0-9]* --plot "$RUNS/all.svg" --markdown "$RUNS/all.md" --json "$RUNS/all.json" >/dev/null
+if [[ -n $STRONG ]]; then
+  "$BIFOCAL" report "$RUNS"/strong/*-s[0-9]* --plot "$RUNS/strong.svg" --markdown "$RUNS/strong.md" >/dev/null
+fi
+for run in "$RUNS"/*-s"$first"; do
   "$BIFOCAL" report "$run" --plot "$run/report.svg" >/dev/null
 done
-cat "$OUT/all.md"
+cat "$RUNS/all.md" ${STRONG:+"$RUNS/strong.md"}

@@ -18,7 +18,8 @@ mkdir -p results
 
 # A reduced suite under NVIDIA's checkers: stray accesses, then races in shared memory.
 for property in gates_equal_the_oracle plans_equal_the_oracle attention_equals_the_oracle aha_equals_the_oracle \
-  packed_sequences_never_mix warpgroup_products_are_plain_sums; do
+  packed_sequences_never_mix warpgroup_products_are_plain_sums gradients_equal_the_oracle \
+  selected_gradients_equal_the_oracle packed_gradients_equal_the_oracle; do
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 ./bifocal check --device cuda --cases 1 --only "$property"
   done
@@ -38,9 +39,9 @@ bench 96 --heads 16 --head-dim 96 --lengths 16384 --cases full,windowed
 bench 256 --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed
 bench 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases full,router,aha
 
-# Ours, forward and backward.
-attention=full,windowed,aha,l2a
-bench 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768 --cases $attention --backward
+# Ours, forward and backward, and the memory of it: twice the length is to take twice as much.
+attention=full,windowed,aha,aha-exact,l2a
+bench 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768,65536 --cases $attention --backward
 bench 128-backward-mma --heads 16 --head-dim 128 --lengths 4096,16384 --cases full,windowed --backward --routine mma
 bench 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed --backward
 bench 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed --backward
@@ -54,7 +55,8 @@ peers 64 --heads 16 --head-dim 64 --lengths 16384 --cases $dense,flex_window
 peers 96 --heads 16 --head-dim 96 --lengths 16384 --cases $dense,flex_window
 peers 256 --heads 16 --head-dim 256 --lengths 16384 --cases $dense,flex_window
 peers 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases $dense,flex_full
-peers 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768 --cases $dense --backward
+peers 128-backward --heads 16 --head-dim 128 --lengths 4096,16384,32768,65536 --cases $dense,flex_window --backward
+peers 128-backward-aha --heads 16 --head-dim 128 --lengths 16384,32768 --cases flex_aha --backward
 peers 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases $dense --backward
 peers 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases $dense --backward
 

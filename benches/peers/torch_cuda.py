@@ -13,7 +13,7 @@ run is listed with its reason.
   flex_aha      FlexAttention, compiled, with a block mask of AHA's random routes (compare with `aha`)
 
 With --backward each is timed together with the gradients of query, key and value, as `sdpa_flash-backward` and so on
-(compare with `bifocal bench --backward`).
+(compare with `bifocal bench --backward`). The memory of a call is the most that it held beside its inputs.
 """
 
 import argparse
@@ -119,6 +119,16 @@ def measure(call, sets, runs):
     return first, [once(run, calls) for run in range(runs)]
 
 
+def memory_of(call, inputs):
+    """The most bytes that a call held at once, beside what was there before."""
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call(*inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
 def error_of(out, q, k, v, window, far):
     """Largest difference to the formula in float64, for the last queries of the first head."""
     rows = min(64, q.shape[2])
@@ -196,6 +206,7 @@ def run(args):
                 if args.backward:
                     call = differentiated(call, draw(query).detach())
                 first, times = measure(call, sets, args.runs)
+                memory = memory_of(call, sets[0])
                 error = error_of(call(*sets[0]), *[part.detach() for part in sets[0]], window, far)
             # A missing backend, kernel or compiler shows as one of many types, and must not end the other cases.
             except Exception as reason:
@@ -220,6 +231,7 @@ def run(args):
                     "useful_flop": flop,
                     "useful_gflops": flop / median / 1e6,
                     "useful_bytes": useful_bytes,
+                    "memory_bytes": memory,
                 }
             )
             print(f"{case} {length}: {median:.3f} ms, {flop / median / 1e6:.0f} GFLOP/s", file=sys.stderr)

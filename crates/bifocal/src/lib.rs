@@ -35,6 +35,7 @@ mod l2a;
 mod multi_window;
 mod select;
 mod straight_through;
+mod tuning;
 
 pub use aha::Aha;
 pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
@@ -42,6 +43,7 @@ pub use l2a::L2a;
 pub use multi_window::MultiWindow;
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
 pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
+pub use tuning::settle_within;
 
 pub use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,

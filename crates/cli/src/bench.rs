@@ -1,6 +1,10 @@
 //! `bifocal bench`: the operators at chosen shapes.
 
-use std::{path::PathBuf, time::Duration};
+use std::{
+    path::PathBuf,
+    sync::atomic::{AtomicBool, AtomicU64, Ordering},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
 use bifocal::{
@@ -8,7 +12,7 @@ use bifocal::{
     RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
-use cubecl::client::Client;
+use cubecl::{MemoryScope, client::Client};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::{
@@ -48,7 +52,7 @@ pub(crate) struct Options {
     /// Cases to time; all unless given.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
-    /// Time attention's forward and backward pass together; routers learn nothing from it.
+    /// Time attention's forward and backward pass together; routers learn in aha-exact alone.
     #[arg(long)]
     backward: bool,
     /// Timed runs per case; the median is reported.
@@ -81,12 +85,21 @@ enum CaseName {
     Plan,
     /// AHA by head-wise routes, its plan included.
     Aha,
+    /// AHA as it trains: every row by both branches; with --backward the gradient of every gate as well.
+    AhaExact,
     /// L2A's global branch by token-wise routes, its plan included.
     L2a,
 }
 
-const CASES: [CaseName; 6] =
-    [CaseName::Windowed, CaseName::Full, CaseName::Router, CaseName::Plan, CaseName::Aha, CaseName::L2a];
+const CASES: [CaseName; 7] = [
+    CaseName::Windowed,
+    CaseName::Full,
+    CaseName::Router,
+    CaseName::Plan,
+    CaseName::Aha,
+    CaseName::AhaExact,
+    CaseName::L2a,
+];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let client = bifocal::open(options.device.as_str())?;
@@ -159,6 +172,7 @@ impl CaseName {
             CaseName::Router => "router",
             CaseName::Plan => "plan",
             CaseName::Aha => "aha",
+            CaseName::AhaExact => "aha-exact",
             CaseName::L2a => "l2a",
         }
     }
@@ -189,7 +203,15 @@ struct Bench<'a> {
     by_head: RandomRouter,
     by_token: RandomRouter,
     sets: Vec<Set>,
-    partial: Partial,
+    memory: Memory,
+}
+
+/// The most bytes that a call was seen to hold on the device.
+#[derive(Default)]
+struct Memory {
+    /// Calls that are timed are not looked at: it waits for the device.
+    looking: AtomicBool,
+    most: AtomicU64,
 }
 
 impl<'a> Bench<'a> {
@@ -234,7 +256,7 @@ impl<'a> Bench<'a> {
             by_head: options.gates.router(shape.heads, options.far_share, 1)?,
             by_token: options.gates.router(1, options.far_tokens, 2)?,
             sets,
-            partial: Partial::empty(client, &problem, element),
+            memory: Memory::default(),
         })
     }
 
@@ -243,9 +265,9 @@ impl<'a> Bench<'a> {
         let hidden = self.sets[0].hidden.view();
         let by_head = self.by_head.route(client, hidden)?;
         let by_token = self.by_token.route(client, hidden)?;
-        let call = |set: &Set| -> bifocal::Result<()> {
+        let attend = |set: &Set, partial: &Partial| -> bifocal::Result<()> {
             let inputs = Inputs::new(set.query.view(), set.key.view(), set.value.view());
-            let (problem, partial) = (&self.problem, &self.partial);
+            let problem = &self.problem;
             let all = |operator: &dyn AttentionOperator| {
                 operator.attend(client, problem, &inputs, Rows::All, partial)?;
                 self.differentiate(set, partial, |saved, gradients| {
@@ -266,6 +288,21 @@ impl<'a> Bench<'a> {
                         bifocal::backward_selected(client, problem, inputs, plan, &branches, saved, gradients)
                     })
                 }
+                CaseName::AhaExact => {
+                    let (aha, routes) = (Aha::new(self.window), &by_head.routes);
+                    let (plan, branches) = (bifocal::plan(client, problem, routes)?, aha.branches());
+                    let outs = bifocal::attend_exact(client, problem, &inputs, routes, &branches, partial)?;
+                    self.differentiate(set, partial, |saved, gradients| {
+                        let (inputs, plan) = (&inputs, &plan);
+                        bifocal::backward_selected(
+                            client, problem, inputs, plan, &branches, saved, gradients,
+                        )?;
+                        let [near, far] = [0, 1].map(|reach: usize| outs[reach].out.view());
+                        let heads = routes.geometry().heads;
+                        bifocal::gate_gradient(client, problem, heads, Some(near), far, saved.d_out)?;
+                        Ok(())
+                    })
+                }
                 CaseName::L2a => {
                     let partial = L2a::new(self.window).global(client, problem, &inputs, &by_token.routes)?;
                     self.differentiate(set, &partial, |saved, gradients| {
@@ -277,6 +314,8 @@ impl<'a> Bench<'a> {
                 }
             }
         };
+        let partial = Partial::empty(client, &self.problem, self.problem.element);
+        let call = |set: &Set| attend(set, &partial);
         let first_call = wall(client, || call(&self.sets[0]))?;
         let estimate = wall(client, || call(&self.sets[self.sets.len() - 1]))?;
         // Short calls are timed several at once, as a model makes them: alone, the host's part would show.
@@ -291,6 +330,16 @@ impl<'a> Bench<'a> {
             .collect::<Result<_>>()?;
         times.sort_unstable();
         let median = times[times.len() / 2];
+        let memory = case.attends().then(|| {
+            self.held(|| match case {
+                // The branch makes room for its outputs itself.
+                CaseName::L2a => call(&self.sets[0]),
+                _ => {
+                    let partial = Partial::empty(client, &self.problem, self.problem.element);
+                    attend(&self.sets[0], &partial)
+                }
+            })
+        });
         let useful_flop = self.useful_flop(case);
         Ok(Timing {
             case: self.name(case),
@@ -303,7 +352,26 @@ impl<'a> Bench<'a> {
             useful_flop,
             useful_gflops: useful_flop.map(|flop| flop / median.as_secs_f64() / 1e9),
             useful_bytes: Some(self.useful_bytes(case) as f64),
+            memory_bytes: memory.transpose()?,
         })
+    }
+
+    /// Bytes that a call holds on the device beside its inputs when it has launched all: outputs, plan, what branches gave,
+    /// and with the backward pass gradients in f32. What a launch takes and gives back meanwhile does not count.
+    fn held(&self, call: impl FnOnce() -> bifocal::Result<()>) -> Result<u64> {
+        bifocal::synchronise(self.client)?;
+        let before = self.in_use();
+        let Memory { looking, most } = &self.memory;
+        most.store(before, Ordering::Relaxed);
+        looking.store(true, Ordering::Relaxed);
+        let called = call();
+        looking.store(false, Ordering::Relaxed);
+        called?;
+        Ok(most.load(Ordering::Relaxed) - before)
+    }
+
+    fn in_use(&self) -> u64 {
+        self.client.memory_report(MemoryScope::Device).usage().bytes_in_use
     }
 
     /// What the case is called in reports.
@@ -320,13 +388,21 @@ impl<'a> Bench<'a> {
         partial: &Partial,
         backward: impl FnOnce(&Saved<'_>, &Gradients) -> bifocal::Result<()>,
     ) -> bifocal::Result<()> {
+        let look = || {
+            if self.memory.looking.load(Ordering::Relaxed) {
+                self.memory.most.fetch_max(self.in_use(), Ordering::Relaxed);
+            }
+        };
         if !self.options.backward {
+            look();
             return Ok(());
         }
         let d_out = set.d_out.view();
         let delta = bifocal::dot_rows(self.client, &self.problem, partial.out.view(), d_out)?;
         let gradients = Gradients::zeros(self.client, &self.problem, false)?;
-        backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)
+        backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)?;
+        look();
+        Ok(())
     }
 
     /// Device events on a GPU; the clock around launch and completion on a CPU, whose launches are its work.
@@ -355,27 +431,38 @@ impl<'a> Bench<'a> {
                 .map(|(row, token)| per_row(row, token))
                 .sum()
         };
-        let pairs = match case {
-            CaseName::Router | CaseName::Plan => return None,
-            CaseName::Windowed => sum(&|_, token| pairs(near, token as usize)),
-            CaseName::Full => sum(&|_, token| pairs(Reach::All, token as usize)),
-            CaseName::Aha => sum(&|row, token| {
+        let full = || sum(&|_, token| pairs(Reach::All, token as usize));
+        let by_route = || {
+            sum(&|row, token| {
                 let far = self.by_head.route_of(row, token) == 1;
                 pairs(if far { Reach::All } else { near }, token as usize)
-            }),
+            })
+        };
+        let computed = match case {
+            CaseName::Router | CaseName::Plan => return None,
+            CaseName::Windowed => sum(&|_, token| pairs(near, token as usize)),
+            CaseName::Full => full(),
+            CaseName::Aha => by_route(),
+            // What the window sees, full attention sees as well.
+            CaseName::AhaExact => full(),
             CaseName::L2a => sum(&|row, token| {
                 let far = self.by_token.route_of(row / heads as u32, token) == 1;
                 if far { pairs(Reach::All, token as usize) } else { 0.0 }
             }),
         };
-        let flop = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64 * pairs;
-        Some(if self.options.backward { 3.5 * flop } else { flop })
+        let differentiated = match case {
+            _ if !self.options.backward => 0.0,
+            CaseName::AhaExact => by_route(),
+            _ => computed,
+        };
+        let per_pair = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64;
+        Some(per_pair * (computed + 2.5 * differentiated))
     }
 
     /// The share of routes that came out far, where a case has routes.
     fn far_share(&self, case: CaseName) -> Option<f64> {
         let (router, heads) = match case {
-            CaseName::Plan | CaseName::Aha => (&self.by_head, self.problem.heads),
+            CaseName::Plan | CaseName::Aha | CaseName::AhaExact => (&self.by_head, self.problem.heads),
             CaseName::L2a => (&self.by_token, 1),
             CaseName::Windowed | CaseName::Full | CaseName::Router => return None,
         };
@@ -412,6 +499,9 @@ impl<'a> Bench<'a> {
             // A row in some list for every route.
             CaseName::Plan => routes(heads) + routes(heads) * size_of::<u32>(),
             CaseName::Aha => attention + routes(heads),
+            // A gradient in f32 for every gate.
+            CaseName::AhaExact if self.options.backward => attention + 5 * routes(heads),
+            CaseName::AhaExact => attention + routes(heads),
             CaseName::L2a => attention + routes(1),
         }
     }
@@ -447,6 +537,7 @@ fn print(report: &Report) {
         "median ms",
         "fastest ms",
         "useful GFLOP/s",
+        "MiB beside inputs",
         "first call ms",
     ]);
     for timing in &report.timings {
@@ -458,6 +549,7 @@ fn print(report: &Report) {
             format!("{:.3}", timing.median_ms),
             format!("{:.3}", timing.fastest_ms),
             timing.useful_gflops.map_or("-".to_string(), |rate| format!("{rate:.1}")),
+            timing.memory_bytes.map_or("-".to_string(), |bytes| format!("{:.1}", bytes as f64 / 1048576.0)),
             format!("{:.0}", timing.first_call_ms),
         ]);
     }

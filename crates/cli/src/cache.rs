@@ -1,10 +1,18 @@
 //! The kernel cache: on unless it is turned off, because waiting for a compiler is never what was asked for.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Duration,
+};
 
 use anyhow::{Context, Result};
+use bifocal::cubecl::client::Client;
 use etcetera::BaseStrategy;
 use serde::Serialize;
+
+/// How much longer than it might a product or a reduction of Burn's may take. A search for less compiles up to twenty
+/// kernels for every shape, some seconds each.
+const SLACK: Duration = Duration::from_millis(1);
 
 /// What is kept, as commands report it.
 #[derive(Serialize)]
@@ -27,6 +35,14 @@ pub(crate) fn turn_on(wanted: Option<&Path>) -> Result<()> {
             }
             Ok(())
         }
+    }
+}
+
+/// Has Burn's operations on this device settle for kernels that are good enough. Only where something is kept: the slack
+/// is kept with it, in a store that would otherwise be that of every program that uses CubeCL.
+pub(crate) fn settle(client: &Client) {
+    if bifocal::kernel_cache().is_some() {
+        bifocal::settle_within(client, SLACK);
     }
 }
 

@@ -1,6 +1,9 @@
 //! `bifocal check`: the property suite on one device.
 
-use std::{path::PathBuf, time::Instant};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use anyhow::{Result, bail};
 use bifocal_testing::{Device, Effort, Property, properties};
@@ -66,38 +69,37 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         .filter(|property| options.only.is_empty() || options.only.iter().any(|name| name == property.name))
         .collect();
     let device = Device::open(options.device.as_str())?;
+    let mut report = Report {
+        device: options.device.as_str(),
+        name: device.profile().name.clone(),
+        elements: device.profile().elements.iter().map(ToString::to_string).collect(),
+        cases: options.cases,
+        seed: options.seed,
+        results: Vec::new(),
+    };
+    let quiet = options.json.as_deref() == Some(Path::new("-"));
+    if !quiet {
+        announce(&report);
+    }
     let bar = output::progress(chosen.len());
     let effort = Effort { cases: options.cases, seed: options.seed };
-    let mut results = Vec::new();
     for property in chosen {
         bar.set_message(property.name);
         let start = Instant::now();
         let applies = property.applies(&device);
         let refutation = if applies { property.check(&device, effort).err() } else { None };
         let seconds = start.elapsed().as_secs_f64();
-        results.push(Outcome {
-            property: property.name,
-            claim: property.claim,
-            seconds,
-            applies,
-            refutation,
-        });
+        let outcome =
+            Outcome { property: property.name, claim: property.claim, seconds, applies, refutation };
+        if !quiet {
+            bar.suspend(|| print(&outcome));
+        }
+        report.results.push(outcome);
         bar.inc(1);
     }
     bar.finish_and_clear();
-    let report = Report {
-        device: options.device.as_str(),
-        name: device.profile().name.clone(),
-        elements: device.profile().elements.iter().map(ToString::to_string).collect(),
-        cases: options.cases,
-        seed: options.seed,
-        results,
-    };
     if let Some(path) = &options.json {
         output::write_json(path, &report)?;
-    }
-    if options.json.as_deref() != Some(std::path::Path::new("-")) {
-        print(&report);
     }
     let refuted = report.results.iter().filter(|outcome| outcome.refutation.is_some()).count();
     match refuted {
@@ -106,7 +108,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 }
 
-fn print(report: &Report) {
+/// What is checked, and what the lines that follow show.
+fn announce(report: &Report) {
     println!(
         "{} ({}), {}, {} cases per property, seed {}",
         report.device,
@@ -115,19 +118,18 @@ fn print(report: &Report) {
         report.cases,
         report.seed
     );
-    let mut table = output::table(["property", "holds", "seconds"]);
-    for outcome in &report.results {
-        let holds = match (outcome.applies, &outcome.refutation) {
-            (false, _) => "not here",
-            (true, None) => "yes",
-            (true, Some(_)) => "NO",
-        };
-        table.add_row([outcome.property.to_string(), holds.to_string(), format!("{:.1}", outcome.seconds)]);
-    }
-    println!("{table}");
-    for outcome in &report.results {
-        if let Some(refutation) = &outcome.refutation {
-            println!("\n{}: {}\n{refutation}", outcome.property, outcome.claim);
-        }
+    println!("{:40} {:9} {:>7}", "property", "holds", "seconds");
+}
+
+/// At once: a run may take an hour, or be stopped.
+fn print(outcome: &Outcome) {
+    let holds = match (outcome.applies, &outcome.refutation) {
+        (false, _) => "not here",
+        (true, None) => "yes",
+        (true, Some(_)) => "NO",
+    };
+    println!("{:40} {holds:9} {:7.1}", outcome.property, outcome.seconds);
+    if let Some(refutation) = &outcome.refutation {
+        println!("{}\n{refutation}\n", outcome.claim);
     }
 }

@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, train, report, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, export, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -6,6 +6,7 @@ mod check;
 mod compare;
 mod demo;
 mod doctor;
+mod export;
 mod output;
 mod plot;
 mod report;
@@ -36,12 +37,14 @@ struct Cli {
 enum Command {
     /// Show runtimes, devices, and what each routine can run there and why not.
     Doctor(doctor::Options),
-    /// Run a small decoder with AHA layers over real text and check it against the oracle.
+    /// Run a small decoder with AHA layers, which has learned, over real text and check it against the oracle.
     Demo(demo::Options),
     /// Train a small decoder on text, with routers that learn when to look far.
     Train(Box<train::Options>),
     /// Show what training runs have measured, as a table and as plots.
     Report(report::Options),
+    /// Write what a training run has learned to one file, without what only training needs.
+    Export(export::Options),
     /// Check every property of the operators on a device.
     Check(check::Options),
     /// Compile the kernels of a model's shapes, so that later runs only load them.
@@ -78,7 +81,10 @@ impl DeviceName {
     /// Burn's device: Flex for `cpu`. Asking Bifocal first turns a device that is not there into an error rather than a
     /// panic.
     fn burn(self) -> Result<Device> {
-        bifocal::open(self.as_str())?;
+        let client = bifocal::open(self.as_str())?;
+        if self != DeviceName::Cpu {
+            cache::settle(&client);
+        }
         Ok(match self {
             DeviceName::Cpu => Device::flex(),
             DeviceName::Wgpu => Device::wgpu(DeviceKind::DefaultDevice),
@@ -99,6 +105,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Train(options) => train::run(&options),
         Command::Report(options) => report::run(&options),
+        Command::Export(options) => export::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),
         Command::Bench(options) => bench::run(&options),

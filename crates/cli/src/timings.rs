@@ -55,4 +55,7 @@ pub(crate) struct Timing {
     /// Every input read once and every output written once.
     #[serde(default)]
     pub(crate) useful_bytes: Option<f64>,
+    /// Device memory that the call holds beside its inputs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) memory_bytes: Option<u64>,
 }

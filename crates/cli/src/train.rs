@@ -3,7 +3,11 @@
 use std::{
     fmt, fs,
     path::{Path, PathBuf},
-    sync::{Arc, atomic::AtomicBool},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail};
@@ -201,9 +205,24 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     fs::create_dir_all(&options.out).with_context(|| format!("cannot create {}", options.out.display()))?;
     output::write_json(&options.out.join(RUN), &run)?;
 
-    let stop = stop_on_signals()?;
+    let signals = Signals::catch()?;
     let bar = bar(run.config.steps, trainer.steps_taken());
-    let outcome = trainer.run(&options.out, &stop, &mut |progress| show(&bar, progress));
+    let mut first = (trainer.steps_taken() < run.config.steps).then(Instant::now);
+    if first.is_some() {
+        println!("The first step compiles its kernels.");
+        bar.set_message("compiling the kernels of the first step");
+        bar.enable_steady_tick(Duration::from_millis(500));
+    }
+    let outcome = trainer.run(&options.out, &signals.stop, &mut |progress| {
+        if let Some(start) = first.take() {
+            // A step is launched before its last kernel is compiled. What fails here fails the run when a number is read.
+            device.sync().ok();
+            signals.at_once.store(false, Ordering::Relaxed);
+            bar.set_message("");
+            bar.suspend(|| println!("It took {:.1} s.", start.elapsed().as_secs_f64()));
+        }
+        show(&bar, progress);
+    });
     bar.finish_and_clear();
     match outcome? {
         Outcome::Finished => {
@@ -343,19 +362,30 @@ pub(crate) fn kinds(config: &TrainingConfig) -> String {
     names.join(" + ")
 }
 
-/// Becomes true at the first Ctrl-C or request to terminate. The second one ends the process at once.
-fn stop_on_signals() -> Result<Arc<AtomicBool>> {
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        // In this order: the first one finds the flag still down.
-        signal_hook::flag::register_conditional_shutdown(
-            signal,
-            i32::from(Interrupted::EXIT_CODE),
-            Arc::clone(&stop),
-        )?;
-        signal_hook::flag::register(signal, Arc::clone(&stop))?;
+/// What Ctrl-C and requests to terminate do.
+struct Signals {
+    /// Becomes true at the first one.
+    stop: Arc<AtomicBool>,
+    /// Whether the next one ends the process then and there: before the first step, when nothing is lost by it, and once
+    /// the run was told to stop.
+    at_once: Arc<AtomicBool>,
+}
+
+impl Signals {
+    fn catch() -> Result<Self> {
+        let signals = Self { stop: Arc::default(), at_once: Arc::new(AtomicBool::new(true)) };
+        for signal in [SIGINT, SIGTERM] {
+            // In this order: the first one finds the flags as they were.
+            signal_hook::flag::register_conditional_shutdown(
+                signal,
+                i32::from(Interrupted::EXIT_CODE),
+                Arc::clone(&signals.at_once),
+            )?;
+            signal_hook::flag::register(signal, Arc::clone(&signals.at_once))?;
+            signal_hook::flag::register(signal, Arc::clone(&signals.stop))?;
+        }
+        Ok(signals)
     }
-    Ok(stop)
 }
 
 fn bar(steps: u64, taken: u64) -> ProgressBar {

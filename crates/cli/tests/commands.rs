@@ -147,6 +147,11 @@ fn runs_are_trained_resumed_and_reported() {
     assert!(shown.contains("The weights are those of aha, after 4 steps."), "{shown}");
     let error = bifocal(here, &["demo", "--run", "dense", "--text", "text.md"]).unwrap_err();
     assert!(error.contains("no AHA layer"), "{error}");
+    bifocal(here, &["export", "aha", "aha.bifocal"]).unwrap();
+    let size = |file: &str| std::fs::metadata(here.join(file)).unwrap().len();
+    assert!(size("aha.bifocal") < size("aha/checkpoint") * 2 / 3);
+    let shown = bifocal(here, &["demo", "--run", "aha.bifocal", "--text", "text.md"]).unwrap();
+    assert!(shown.contains("The weights are those of aha.bifocal, after 4 steps."), "{shown}");
 
     // A checkpoint that is cut off.
     let checkpoint = here.join("aha").join("checkpoint");
@@ -154,6 +159,21 @@ fn runs_are_trained_resumed_and_reported() {
     std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
     let error = bifocal(here, &["train", "--resume", "--out", "aha"]).unwrap_err();
     assert!(error.contains("checkpoint is cut off"), "{error}");
+}
+
+#[test]
+fn the_demo_shows_gates_that_have_learned() {
+    let folder = tempfile::tempdir().unwrap();
+    let found = json(folder.path(), &["demo", "--tokens", "512", "--json", "-"]);
+    let layers = found["layers"].as_array().expect("layers");
+    let heads = layers.iter().flat_map(|layer| layer["far_by_head"].as_array().expect("heads"));
+    let heads: Vec<f64> = heads.map(|share| share.as_f64().expect("a share")).collect();
+    // A gate that has not learned is open for about half of all tokens, whichever head it is of.
+    let (least, most) = heads.iter().fold((1.0f64, 0.0f64), |(low, high), &x| (low.min(x), high.max(x)));
+    assert!(least < 0.1 && most > least + 0.1, "{heads:?}");
+    let random = ["demo", "--random", "--layers", "1", "--tokens", "128"];
+    assert!(bifocal(folder.path(), &random).unwrap().contains("not trained"));
+    assert!(bifocal(folder.path(), &["demo", "--layers", "1"]).unwrap_err().contains("--random"));
 }
 
 #[test]
@@ -185,18 +205,30 @@ fn training_says_what_it_misses() {
     assert!(error.contains("run holds no run"), "{error}");
 }
 
+/// A tiny run that does not end by itself.
+#[cfg(unix)]
+fn endless_run(folder: &Path) -> std::process::Child {
+    tiny_run(folder);
+    let arguments = "train --text text.md --config tiny.json --out run --steps 1000000";
+    let mut command = Command::new(env!("CARGO_BIN_EXE_bifocal"));
+    command.args(arguments.split_whitespace()).env("BIFOCAL_KERNEL_CACHE", "off").current_dir(folder);
+    command.stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped()).spawn().unwrap()
+}
+
+/// Sends it a signal; how it ended, and what it said of it.
+#[cfg(unix)]
+fn end(child: std::process::Child, signal: &str) -> (Option<i32>, String) {
+    assert!(Command::new("kill").args([signal, &child.id().to_string()]).status().unwrap().success());
+    let output = child.wait_with_output().unwrap();
+    (output.status.code(), String::from_utf8(output.stderr).unwrap())
+}
+
 #[cfg(unix)]
 #[test]
 fn an_interrupted_run_is_saved() {
-    use std::{process::Stdio, time::Duration};
-
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();
-    tiny_run(here);
-    let arguments = "train --text text.md --config tiny.json --out run --steps 1000000";
-    let mut command = Command::new(env!("CARGO_BIN_EXE_bifocal"));
-    command.args(arguments.split_whitespace()).env("BIFOCAL_KERNEL_CACHE", "off").current_dir(here);
-    let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+    let child = endless_run(here);
     let begun =
         || std::fs::read_to_string(here.join("run/metrics.jsonl")).is_ok_and(|lines| lines.contains("loss"));
     // It begins by compiling kernels.
@@ -204,13 +236,30 @@ fn an_interrupted_run_is_saved() {
         if begun() {
             break;
         }
-        std::thread::sleep(Duration::from_millis(100));
+        std::thread::sleep(std::time::Duration::from_millis(100));
     }
     assert!(begun(), "no step within two minutes");
-    assert!(Command::new("kill").args(["-INT", &child.id().to_string()]).status().unwrap().success());
-    let output = child.wait_with_output().unwrap();
-    let error = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(130), "{error}");
+    let (code, error) = end(child, "-INT");
+    assert_eq!(code, Some(130), "{error}");
     assert!(error.contains("interrupted after step") && error.contains("--resume --out run"), "{error}");
     assert!(here.join("run/checkpoint").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn a_run_is_interrupted_at_once_while_it_compiles() {
+    use std::io::{BufRead, BufReader};
+
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let mut child = endless_run(here);
+    let mut told = BufReader::new(child.stdout.take().unwrap()).lines();
+    assert!(told.any(|line| line.unwrap().contains("first step compiles")));
+    // What `timeout` sends.
+    let (code, error) = end(child, "-TERM");
+    assert_eq!((code, error.as_str()), (Some(130), ""));
+    assert!(!here.join("run/checkpoint").exists(), "there was nothing to save");
+    // The folder is as good as before: the run begins there.
+    let resumed = bifocal(here, &["train", "--resume", "--out", "run", "--steps", "2"]);
+    assert!(resumed.unwrap().contains("done: run"));
 }

@@ -4,7 +4,8 @@
 //! magic (8 bytes) | version (u32) | length of the header (u64) | header (JSON) | numbers (f32) | SHA-256 of all before
 //! ```
 //!
-//! Little-endian. The numbers are, for each parameter in the header's order, its weights and both moments.
+//! Little-endian. The numbers are, for each parameter in the header's order, its weights and, unless they were left out,
+//! both moments.
 
 use std::{fs, io::Write, path::Path as FilePath};
 
@@ -24,7 +25,7 @@ use crate::{
 
 const MAGIC: &[u8; 8] = b"bifocal\n";
 /// Counts up whenever the header or the numbers change their meaning.
-const VERSION: u32 = 1;
+const VERSION: u32 = 2;
 const PREFIX: usize = MAGIC.len() + 4 + 8;
 const DIGEST: usize = 32;
 
@@ -33,8 +34,8 @@ const DIGEST: usize = 32;
 #[derive(Clone, Debug, PartialEq)]
 pub struct Checkpoint {
     header: Header,
-    /// Per parameter: weights, first and second moments.
-    numbers: Vec<[Vec<f32>; 3]>,
+    /// Per parameter: weights, and first and second moments if the header says so.
+    numbers: Vec<Vec<Vec<f32>>>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -45,6 +46,8 @@ struct Header {
     step: u64,
     controller: Option<BudgetController>,
     detector: CollapseDetector,
+    /// Whether moments are there, or weights alone.
+    moments: bool,
     parameters: Vec<Parameter>,
 }
 
@@ -77,7 +80,7 @@ impl Checkpoint {
             .zip(&snapshot.optimiser.moments)
             .map(|(weights, moments)| {
                 let Moments { first, second } = moments.clone();
-                Ok([weights?, host(first)?, host(second)?])
+                Ok(vec![weights?, host(first)?, host(second)?])
             })
             .collect::<Result<_>>()?;
         let header = Header {
@@ -86,9 +89,17 @@ impl Checkpoint {
             step: snapshot.step,
             controller: snapshot.controller.cloned(),
             detector: snapshot.detector.clone(),
+            moments: true,
             parameters: collect.parameters,
         };
         Ok(Self { header, numbers })
+    }
+
+    /// Leaves out what only training needs: the model to use, at a third of the size.
+    pub fn weights_alone(mut self) -> Self {
+        self.header.moments = false;
+        self.numbers.iter_mut().for_each(|numbers| numbers.truncate(1));
+        self
     }
 
     /// Writes the file whole or not at all.
@@ -119,6 +130,14 @@ impl Checkpoint {
     /// [`Error::Damaged`].
     pub fn load(path: &FilePath) -> Result<Self> {
         let bytes = fs::read(path).map_err(Error::io("read", path))?;
+        Self::read(&bytes, path)
+    }
+
+    /// Checks the bytes of a file, which messages call `path`.
+    ///
+    /// # Errors
+    /// As [`Checkpoint::load`].
+    pub fn read(bytes: &[u8], path: &FilePath) -> Result<Self> {
         let damaged = |reason: String| Error::Damaged { path: path.to_path_buf(), reason };
         let not_ours = |reason: String| Error::NotACheckpoint { path: path.to_path_buf(), reason };
         let at_least = |expected: usize| match bytes.len() < expected {
@@ -147,7 +166,9 @@ impl Checkpoint {
             .map(|parameter| parameter.shape.iter().try_fold(1usize, |count, &size| count.checked_mul(size)));
         let counts: Option<Vec<usize>> = counts.collect();
         let counts = counts.ok_or_else(|| damaged("a shape is beyond all memory".to_string()))?;
-        let numbers = counts.iter().fold(0usize, |sum, count| sum.saturating_add(count.saturating_mul(12)));
+        let parts = if header.moments { 3 } else { 1 };
+        let numbers =
+            counts.iter().fold(0usize, |sum, count| sum.saturating_add(count.saturating_mul(4 * parts)));
         let end = start.saturating_add(numbers);
         at_least(end.saturating_add(DIGEST))?;
         if bytes.len() > end + DIGEST {
@@ -162,7 +183,7 @@ impl Checkpoint {
             .map(|bytes| f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]));
         let numbers = counts
             .iter()
-            .map(|&count| std::array::from_fn(|_| rest.by_ref().take(count).collect()))
+            .map(|&count| (0..parts).map(|_| rest.by_ref().take(count).collect()).collect())
             .collect();
         Ok(Self { header, numbers })
     }
@@ -229,15 +250,17 @@ impl Checkpoint {
         Ok(decoder)
     }
 
-    pub(crate) fn optimiser(&self, device: &Device) -> AdamW {
+    /// The optimiser as it was; `None` when weights alone were kept.
+    pub(crate) fn optimiser(&self, device: &Device) -> Option<AdamW> {
         let tensor = |values: &Vec<f32>| {
             let data = TensorData::new(values.clone(), [values.len()]);
             Tensor::<1>::from_data(data, (device, DType::F32))
         };
-        let moments = self.numbers.iter();
-        let moments =
-            moments.map(|[_, first, second]| Moments { first: tensor(first), second: tensor(second) });
-        AdamW { moments: moments.collect() }
+        let moments = self.numbers.iter().map(|numbers| match numbers.as_slice() {
+            [_, first, second] => Some(Moments { first: tensor(first), second: tensor(second) }),
+            _ => None,
+        });
+        Some(AdamW { moments: moments.collect::<Option<_>>()? })
     }
 }
 
@@ -301,7 +324,7 @@ impl ModuleVisitor for Collect {
 
 struct Load<'a> {
     path: Path,
-    parameters: std::vec::IntoIter<(&'a Parameter, &'a [Vec<f32>; 3])>,
+    parameters: std::vec::IntoIter<(&'a Parameter, &'a Vec<Vec<f32>>)>,
     misfit: Option<String>,
 }
 
@@ -317,10 +340,8 @@ impl ModuleMapper for Load<'_> {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
         let (name, shape) = (self.path.name(), param.lazy_shape());
         match self.parameters.next() {
-            Some((parameter, [weights, ..]))
-                if parameter.name == name && parameter.shape == shape.as_slice() =>
-            {
-                let data = TensorData::new(weights.clone(), shape);
+            Some((parameter, numbers)) if parameter.name == name && parameter.shape == shape.as_slice() => {
+                let data = TensorData::new(numbers[0].clone(), shape);
                 Param::from_tensor(Tensor::from_data(data, (&param.lazy_device(), DType::F32)))
             }
             found => {
@@ -408,11 +429,32 @@ mod tests {
             controller: after.controller(),
             detector: after.detector(),
             decoder: &decoder,
-            optimiser: &after.optimiser(&device),
+            optimiser: &after.optimiser(&device).unwrap(),
         });
         assert_eq!(again.unwrap(), before);
         let crate::Attention::L2a(l2a) = &decoder.layers[1].attention else { panic!("the second layer") };
         assert_eq!(l2a.threshold, 0.51);
+    }
+
+    #[test]
+    fn weights_alone_are_a_decoder_and_no_run() {
+        let (_folder, path, bytes) = saved();
+        checkpoint().weights_alone().save(&path).unwrap();
+        let slim = fs::read(&path).unwrap();
+        assert!(slim.len() < bytes.len() * 2 / 3, "{} bytes of {}", slim.len(), bytes.len());
+        let loaded = Checkpoint::read(&slim, &path).unwrap();
+        assert_eq!(loaded, checkpoint().weights_alone());
+        assert_eq!((loaded.step(), loaded.config()), (4, &config()));
+        let device = Device::flex();
+        assert!(loaded.optimiser(&device).is_none());
+        let weights = |checkpoint: &Checkpoint| {
+            let mut collect = Collect { path: Path::default(), parameters: Vec::new(), weights: Vec::new() };
+            checkpoint.decoder(&device).unwrap().visit(&mut collect);
+            collect.weights.into_iter().collect::<Result<Vec<_>>>().unwrap()
+        };
+        assert_eq!(weights(&loaded), weights(&checkpoint()));
+        fs::write(&path, &slim[..slim.len() - 5]).unwrap();
+        assert!(matches!(Checkpoint::load(&path).unwrap_err(), Error::Truncated { .. }));
     }
 
     #[test]
@@ -459,7 +501,7 @@ mod tests {
         bytes[8] = 7;
         fs::write(&path, bytes).unwrap();
         let error = Checkpoint::load(&path).unwrap_err().to_string();
-        assert!(error.contains("version 7, expected 1"), "{error}");
+        assert!(error.contains("version 7, expected 2"), "{error}");
     }
 
     #[rstest]

@@ -81,6 +81,12 @@ pub enum Error {
         /// What does not fit.
         reason: String,
     },
+    /// A checkpoint has weights alone, which no run goes on from.
+    #[error("{} has weights alone: their model can be used, but a run does not go on from it", .path.display())]
+    WeightsAlone {
+        /// The file.
+        path: PathBuf,
+    },
     /// A checkpoint belongs to another run.
     #[error("the checkpoint is of another run: its {setting} is {found}, expected {expected}")]
     OtherRun {

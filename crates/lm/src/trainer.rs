@@ -101,14 +101,16 @@ impl Trainer {
     /// A run from where the checkpoint at `path` left it.
     ///
     /// # Errors
-    /// As [`Trainer::new`] and [`Checkpoint::load`]; [`Error::OtherRun`] when configuration or text differ.
+    /// As [`Trainer::new`] and [`Checkpoint::load`]; [`Error::OtherRun`] when configuration or text differ;
+    /// [`Error::WeightsAlone`].
     pub fn resume(config: TrainingConfig, corpus: Corpus, device: &Device, path: &Path) -> Result<Self> {
         let checkpoint = Checkpoint::load(path)?;
         checkpoint.check(&config, corpus.fingerprint())?;
         let trainer = Self::new(config, corpus, device)?;
+        let optimiser = checkpoint.optimiser(&trainer.device);
         Ok(Self {
             decoder: checkpoint.decoder(&trainer.device)?,
-            optimiser: checkpoint.optimiser(&trainer.device),
+            optimiser: optimiser.ok_or_else(|| Error::WeightsAlone { path: path.to_path_buf() })?,
             controller: checkpoint.controller().cloned(),
             detector: checkpoint.detector().clone(),
             step: checkpoint.step(),

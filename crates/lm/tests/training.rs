@@ -267,6 +267,11 @@ fn another_configuration_or_text_is_not_resumed() {
     let error = resume(&config);
     assert!(matches!(&error, Error::OtherRun { setting, .. } if setting == "learning_rate"), "{error}");
     config.learning_rate = 3e-3;
+    let slim = run.join("slim");
+    Checkpoint::load(&checkpoint).unwrap().weights_alone().save(&slim).unwrap();
+    let corpus = setting.corpus(&config);
+    let error = Trainer::resume(config.clone(), corpus, &Device::flex(), &slim).err().unwrap();
+    assert!(matches!(&error, Error::WeightsAlone { path } if *path == slim), "{error}");
     fs::write(setting.folder.path().join("text.txt"), "another text ".repeat(400)).unwrap();
     let error = resume(&config);
     assert!(matches!(&error, Error::OtherRun { setting, .. } if setting.starts_with("text")), "{error}");

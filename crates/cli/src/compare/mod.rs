@@ -27,14 +27,17 @@ pub(crate) struct Options {
 }
 
 /// The cases of other libraries, and which of ours they stand beside.
-const PEERS: [(&str, &[&str]); 9] = [
+const PEERS: [(&str, &[&str]); 12] = [
     ("sdpa_cudnn", &["full", "aha", WITH_ROUTER, "l2a"]),
     ("sdpa_flash", &["full", "aha", WITH_ROUTER, "l2a"]),
-    ("sdpa_cudnn-backward", &["full-backward", "aha-backward", "l2a-backward"]),
-    ("sdpa_flash-backward", &["full-backward", "aha-backward", "l2a-backward"]),
+    ("sdpa_cudnn-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
+    ("sdpa_flash-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
     ("flex_full", &["full"]),
+    ("flex_full-backward", &["full-backward"]),
     ("flex_window", &["windowed"]),
+    ("flex_window-backward", &["windowed-backward"]),
     ("flex_aha", &["aha", WITH_ROUTER]),
+    ("flex_aha-backward", &["aha-backward"]),
     ("sdpa_mask", &["windowed"]),
     ("sdpa_chunks", &["windowed"]),
 ];
@@ -214,6 +217,7 @@ pub(crate) mod tests {
             useful_flop: flop,
             useful_gflops: flop.map(|flop| flop / median_ms / 1e6),
             useful_bytes: Some(4e6),
+            memory_bytes: None,
         }
     }
 

@@ -17,7 +17,10 @@ use serde::Serialize;
 use crate::{DeviceName, output};
 use measure::{Attended, LayerReport};
 
-/// What the demo reads unless it is given a file: pages of Bifocal's own book.
+/// A decoder that has learned from Bifocal's own book; benches/demo-model.sh made it.
+const MODEL: &[u8] = include_bytes!("model");
+
+/// What the demo reads unless it is given a file: pages of that book.
 const BOOK: [&str; 4] = [
     include_str!("../../../../docs/src/introduction.md"),
     include_str!("../../../../docs/src/architecture.md"),
@@ -33,17 +36,21 @@ pub(crate) struct Options {
     /// How many tokens (bytes) of the text to read.
     #[arg(long, default_value_t = 2048, value_parser = clap::value_parser!(u32).range(1..=65536))]
     tokens: u32,
-    /// Show what the run in this folder has learned (`bifocal train`), in place of random weights.
-    #[arg(long, value_name = "FOLDER", conflicts_with_all = ["window", "layers", "seed"])]
+    /// Show what this run of `bifocal train` has learned: its folder, or what `bifocal export` made of it. In place of the
+    /// small decoder inside, which has learned from Bifocal's book.
+    #[arg(long, value_name = "RUN", conflicts_with = "random")]
     run: Option<PathBuf>,
-    /// Keys in the near branch, the query's own included.
-    #[arg(long, default_value_t = 64)]
+    /// Show a larger decoder whose weights are random: the mechanism at any length, and nothing learned.
+    #[arg(long)]
+    random: bool,
+    /// Keys in the near branch of the random decoder, the query's own included.
+    #[arg(long, default_value_t = 64, requires = "random")]
     window: usize,
-    /// Layers of the decoder.
-    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
+    /// Layers of the random decoder.
+    #[arg(long, default_value_t = 4, requires = "random", value_parser = clap::value_parser!(u16).range(1..=64))]
     layers: u16,
-    /// Seed of the decoder's weights.
-    #[arg(long, default_value_t = 7)]
+    /// Seed of the random decoder's weights.
+    #[arg(long, default_value_t = 7, requires = "random")]
     seed: u64,
     /// Where the model runs. On `cpu` its dense parts run on Burn's Flex and attention on the CPU runtime.
     #[arg(long, default_value = "cpu")]
@@ -147,14 +154,21 @@ fn tokenise(options: &Options) -> Result<(String, Vec<u8>)> {
     Ok((name, tokens))
 }
 
-/// The decoder that is shown: that of a run, or one with random weights. With what is to be said of its weights.
+/// The decoder that is shown: one that has learned, or one with random weights. With what is to be said of its weights.
 fn decoder(options: &Options, tokens: usize, device: &Device) -> Result<(Decoder, ModelConfig, String)> {
-    if let Some(folder) = &options.run {
-        let checkpoint = Checkpoint::load(&folder.join(CHECKPOINT))?;
-        let model = checkpoint.config().model.clone();
-        let weights =
-            format!("The weights are those of {}, after {} steps.", folder.display(), checkpoint.step());
-        return Ok((checkpoint.decoder(device)?, model, weights));
+    if !options.random {
+        let (checkpoint, whose) = match &options.run {
+            Some(run) if run.is_dir() => {
+                (Checkpoint::load(&run.join(CHECKPOINT))?, run.display().to_string())
+            }
+            Some(file) => (Checkpoint::load(file)?, file.display().to_string()),
+            None => {
+                let inside = Checkpoint::read(MODEL, Path::new("the decoder inside"))?;
+                (inside, "a decoder that has read Bifocal's book".to_string())
+            }
+        };
+        let weights = format!("The weights are those of {whose}, after {} steps.", checkpoint.step());
+        return Ok((checkpoint.decoder(device)?, checkpoint.config().model.clone(), weights));
     }
     // Eight heads of 64 over four kv heads: enough for routes to differ, small enough for two cores.
     let mut model = ModelConfig::default();
