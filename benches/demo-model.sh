@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes crates/cli/src/demo/model, what `bifocal demo` shows: two small layers of AHA that have read the book. The same text
-# and the same kind of CPU give the same file, bit for bit.
+# Makes crates/cli/src/demo/model, what `bifocal demo` shows: two small layers of AHA that have read the book, as it was then.
+# The same text and the same kind of CPU give the same file, bit for bit. Takes about five minutes on two cores.
 #
 #   benches/demo-model.sh      from the repository's root, with the tool built (./dev demo)
 set -euo pipefail
