@@ -369,7 +369,7 @@ mod tests {
             // lacks its own key alone.
             let given: Vec<Vec<Moments<f64>>> = (0..c.q.shape()[0])
                 .map(|b| {
-                    let of = |h| Moments::of(4, (0..c.tokens - 1).map(move |j| (h, j)).map(|(h, j)| c.k.row([b, h, j])));
+                    let of = |h| Moments::of(4, (0..c.tokens - 1).map(|j| c.k.row([b, h, j])));
                     (0..c.kv_heads).map(of).collect()
                 })
                 .collect();
