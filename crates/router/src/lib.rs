@@ -2,10 +2,11 @@
 //!
 //! [`LinearGate`] and [`LinearChoice`] learn it (AHA, L2A, multi-window AHA); [`FixedRouter`] and
 //! [`RandomRouter`] are controls and static hybrids. [`MomentGate`] has no weights: it asks [`Moments`] of keys what a query
-//! would miss (QAdA). Scores, routes and counts come out of one launch, or two where planes
+//! would miss (QAdA); a [`Calibration`] freezes what heads decide. Scores, routes and counts come out of one launch, or two where planes
 //! make the product worth one of its own, and nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
 
 mod assigned;
+mod calibration;
 mod launch;
 mod linear;
 mod moment_gate;
@@ -13,6 +14,7 @@ mod moments;
 mod project;
 
 pub use assigned::{FixedRouter, RandomRouter};
+pub use calibration::Calibration;
 pub use linear::{LinearChoice, LinearGate, Threshold};
 pub use moment_gate::MomentGate;
 pub use moments::{Covariance, HostMoments, Moments};
