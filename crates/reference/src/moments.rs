@@ -3,7 +3,7 @@ use num_traits::Float;
 
 use crate::{
     Array, INVALID_ROUTE, Options, Partial,
-    array::{add_scaled, dot, indices, number},
+    array::{add_scaled, dot, indices, number, sum},
     attention::{attention, attention_where, check, seen},
     combine::merge,
 };
@@ -142,28 +142,38 @@ impl<F: Float> Qada<F> {
         assert!(options.softcap.is_none(), "scores under a softcap are not normal");
         let group = check(q, k, k, options);
         let [batch, heads, query_len, head_dim] = q.shape();
-        let key_len = k.shape()[2];
-        Array::from_fn([batch, heads, query_len], |[b, h, t]| {
-            let kv_head = h / group;
-            let bulk: Vec<usize> = seen(self.far(), t, query_len, key_len).collect();
-            if bulk.is_empty() {
-                return F::neg_infinity();
+        let [_, kv_heads, key_len, _] = k.shape();
+        let mut predicted = Array::filled([batch, heads, query_len], F::neg_infinity());
+        for [b, kv_head] in indices([batch, kv_heads]) {
+            let mut own = Moments::empty(head_dim);
+            for t in 0..query_len {
+                // Keys leave the window in their order, and none comes back.
+                let bulk: Vec<usize> = seen(self.far(), t, query_len, key_len).collect();
+                bulk[own.count..].iter().for_each(|&j| own.push(k.row([b, kv_head, j])));
+                if own.count == 0 {
+                    continue;
+                }
+                let moments = given.map_or(&own, |given| &given[b][kv_head]);
+                let (mean, covariance) = (moments.mean(), moments.covariance());
+                let count = number::<F>(own.count as f64);
+                for h in kv_head * group..(kv_head + 1) * group {
+                    let query = q.row([b, h, t]);
+                    let score = options.scale * dot(query, &mean);
+                    let variance = options.scale * options.scale * self.variance(query, &covariance);
+                    predicted[[b, h, t]] = count.ln() + score + number::<F>(0.5) * variance;
+                }
             }
-            let moments = match given {
-                Some(given) => given[b][kv_head].clone(),
-                None => Moments::of(head_dim, bulk.iter().map(|&j| k.row([b, kv_head, j]))),
-            };
-            let query = q.row([b, h, t]);
-            let covariance = moments.covariance();
-            let variance = indices([head_dim, head_dim])
-                .filter(|[i, j]| i == j || self.covariance == Covariance::Full)
-                .fold(F::zero(), |total, [i, j]| total + query[i] * covariance[[i, j]] * query[j]);
-            let count = number::<F>(bulk.len() as f64);
-            let half = number::<F>(0.5);
-            count.ln()
-                + options.scale * dot(query, &moments.mean())
-                + half * options.scale * options.scale * variance
-        })
+        }
+        predicted
+    }
+
+    /// `q^T Sigma q`, or what its diagonal gives.
+    fn variance(&self, query: &[F], covariance: &Array<F, 2>) -> F {
+        let dim = query.len();
+        match self.covariance {
+            Covariance::Full => sum((0..dim).map(|i| query[i] * dot(query, covariance.row([i])))),
+            Covariance::Diagonal => sum((0..dim).map(|i| query[i] * query[i] * covariance[[i, i]])),
+        }
     }
 
     /// Routes `[B, H, Tq]`: 0 iff `A_near / (A_near + A_bulk) >= tau`, where `near` and `bulk` are the logarithms of the

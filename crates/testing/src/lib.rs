@@ -11,6 +11,8 @@ mod case;
 mod compare;
 mod gradients;
 mod inputs;
+mod mixes;
+mod moments;
 mod packed;
 mod routing;
 mod straight_through;
@@ -93,11 +95,12 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences; then the way back; last, the instructions that kernels are made of.
+/// sequences, QAdA and mixes; then the way back; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
+    let systems = [moments::PROPERTIES, mixes::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
-    forward.into_iter().chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
+    forward.into_iter().chain(systems).chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
 }
 
 /// The property of that name.
