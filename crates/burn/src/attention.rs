@@ -223,7 +223,7 @@ fn run(
 }
 
 /// The inputs of attention in Bifocal's hands.
-struct Imported {
+pub(crate) struct Imported {
     query: bifocal::Tensor<4>,
     key: bifocal::Tensor<4>,
     value: bifocal::Tensor<4>,
@@ -231,7 +231,11 @@ struct Imported {
 }
 
 impl Imported {
-    fn new(place: &Place, [query, key, value]: [&Tensor<4>; 3], sinks: Option<&Tensor<1>>) -> Result<Self> {
+    pub(crate) fn new(
+        place: &Place,
+        [query, key, value]: [&Tensor<4>; 3],
+        sinks: Option<&Tensor<1>>,
+    ) -> Result<Self> {
         Ok(Self {
             query: place.import("query", query.clone())?,
             key: place.import("key", key.clone())?,
@@ -240,7 +244,7 @@ impl Imported {
         })
     }
 
-    fn inputs(&self) -> Inputs<'_> {
+    pub(crate) fn inputs(&self) -> Inputs<'_> {
         let inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
         match &self.sinks {
             Some(sinks) => inputs.with_sink_logits(sinks.view()),
@@ -262,26 +266,40 @@ struct Attention {
 impl Differentiable for Attention {
     fn backward(self, inputs: Vec<Tensor<4>>, d_out: Tensor<4>) -> Result<Vec<Tensor<4>>> {
         let Self { place, problem, system, partial } = self;
-        let client = place.client();
-        let [query, key, value] = [&inputs[0], &inputs[1], &inputs[2]];
-        let sinks = inputs.get(3).map(|sinks| sinks.clone().reshape([problem.heads]));
-        let dtype = query.dtype();
-        let imported = Imported::new(&place, [query, key, value], sinks.as_ref())?;
-        let d_out = place.import("the gradient of the output", d_out)?;
-
-        let delta = dot_rows(client, &problem, partial.out.view(), d_out.view())?;
-        let saved = Saved { partial: &partial, d_out: d_out.view(), delta: delta.view() };
-        let gradients = Gradients::zeros(client, &problem, sinks.is_some())?;
-        system.backward(client, &problem, &imported.inputs(), &saved, &gradients)?;
-
-        let Gradients { query, key, value, sink_logits } = gradients;
-        let mut gradients = Vec::with_capacity(inputs.len());
-        for gradient in [query, key, value] {
-            gradients.push(place.export_contiguous(gradient)?.cast(dtype));
-        }
-        if let Some(sinks) = sink_logits {
-            gradients.push(place.export_contiguous(sinks)?.reshape([1, 1, 1, problem.heads]));
-        }
-        Ok(gradients)
+        differentiate(&place, &problem, &partial, &inputs, d_out, |inputs, saved, gradients| {
+            system.backward(place.client(), &problem, inputs, saved, gradients)
+        })
     }
+}
+
+/// The gradients of query, key, value and, where there are any, sink logits `[1, 1, 1, H]`, which `backward` adds to zeros.
+pub(crate) fn differentiate(
+    place: &Place,
+    problem: &Problem,
+    partial: &Partial,
+    inputs: &[Tensor<4>],
+    d_out: Tensor<4>,
+    backward: impl FnOnce(&Inputs<'_>, &Saved<'_>, &Gradients) -> Result<()>,
+) -> Result<Vec<Tensor<4>>> {
+    let client = place.client();
+    let [query, key, value] = [&inputs[0], &inputs[1], &inputs[2]];
+    let sinks = inputs.get(3).map(|sinks| sinks.clone().reshape([problem.heads]));
+    let dtype = query.dtype();
+    let imported = Imported::new(place, [query, key, value], sinks.as_ref())?;
+    let d_out = place.import("the gradient of the output", d_out)?;
+
+    let delta = dot_rows(client, problem, partial.out.view(), d_out.view())?;
+    let saved = Saved { partial, d_out: d_out.view(), delta: delta.view() };
+    let gradients = Gradients::zeros(client, problem, sinks.is_some())?;
+    backward(&imported.inputs(), &saved, &gradients)?;
+
+    let Gradients { query, key, value, sink_logits } = gradients;
+    let mut gradients = Vec::with_capacity(inputs.len());
+    for gradient in [query, key, value] {
+        gradients.push(place.export_contiguous(gradient)?.cast(dtype));
+    }
+    if let Some(sinks) = sink_logits {
+        gradients.push(place.export_contiguous(sinks)?.reshape([1, 1, 1, problem.heads]));
+    }
+    Ok(gradients)
 }

@@ -48,6 +48,11 @@ impl Routing {
         Ok(Self { decision: Decision { scores: None, routes: decided, counts }, scores: None, place })
     }
 
+    /// What a router decided there that learns nothing.
+    pub(crate) fn decided(place: Place, decision: Decision) -> Self {
+        Self { decision, scores: None, place }
+    }
+
     /// `[B, R, T]`: sequences, router heads, tokens.
     pub fn shape(&self) -> [usize; 3] {
         let RouteGeometry { batch, heads, tokens, .. } = self.decision.routes.geometry();
