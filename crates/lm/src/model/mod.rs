@@ -154,6 +154,7 @@ impl Layer {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
+            Attention::Qada(qada) => split(qada.forward(normed)?),
             Attention::RandomGate(gate) => split(gate.forward(normed, draw(Purpose::Gates).bits() as u32)?),
             // Residuals are inside.
             Attention::L2a(l2a) => {
