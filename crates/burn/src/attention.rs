@@ -1,5 +1,6 @@
 use bifocal::{
-    Error, Gradients, Inputs, MultiWindow, Partial, Problem, Result, Saved, Window, Windowed, dot_rows,
+    Error, Full, Gradients, Inputs, MultiWindow, NonCausal, Partial, Problem, Result, Saved, Window,
+    Windowed, dot_rows,
 };
 use burn::tensor::{Bool, DType, Tensor, ops::AttentionModuleOptions};
 
@@ -40,7 +41,7 @@ pub fn windowed_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense([query, key, value], Branch::Windowed(Windowed::new(window)), options)
+    dense([query, key, value], Windowed::new(window).into(), options)
 }
 
 /// Causal softmax attention over every key up to the query's own (arXiv 1706.03762, section 3.2.1).
@@ -55,7 +56,7 @@ pub fn full_attention(
     value: Tensor<4>,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense([query, key, value], Branch::Full, options)
+    dense([query, key, value], Full.into(), options)
 }
 
 /// A drop-in for [`burn::tensor::module::attention`]: the same arguments and the same numbers, computed by Bifocal.
@@ -89,7 +90,7 @@ pub fn attention(
     let AttentionModuleOptions { scale, softcap, is_causal } = options;
     let [scale, softcap] = [scale, softcap].map(|option| option.map(|x| x as f32));
     let options = AttentionOptions { scale, softcap, ..AttentionOptions::default() };
-    dense([query, key, value], if is_causal { Branch::Full } else { Branch::NonCausal }, &options)
+    dense([query, key, value], if is_causal { Full.into() } else { NonCausal.into() }, &options)
 }
 
 /// All-or-Here Attention (arXiv 2512.22562): each token-head's output is the window's where its route is
@@ -111,8 +112,26 @@ pub fn aha_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    let branches = [Branch::Windowed(Windowed::new(window)), Branch::Full];
-    routed([query, key, value], routing, branches.map(Some).to_vec(), options)
+    selected_attention(query, key, value, routing, &[Windowed::new(window).into(), Full.into()], options)
+}
+
+/// Attention in which every token-head's output is that of the one branch that its route names: AHA and its kin with
+/// branches of one's own. Branch `k` serves reach `k`; its gradients are its
+/// [`backward`](bifocal::AttentionOperator::backward).
+///
+/// Shapes and copies as in [`windowed_attention`], routes and gradients as in [`aha_attention`].
+///
+/// # Errors
+/// As [`windowed_attention`]; [`Error::Option`](bifocal::Error::Option) unless there is one branch per reach of `routing`.
+pub fn selected_attention(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    routing: &Routing,
+    branches: &[Branch],
+    options: &AttentionOptions,
+) -> Result<Tensor<4>> {
+    routed([query, key, value], routing, branches.iter().cloned().map(Some).collect(), options)
 }
 
 /// AHA with several windows: reach `k` is the `k`-th window, the last reach full attention (the question that
@@ -133,8 +152,9 @@ pub fn multi_window_attention(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     MultiWindow::new(windows)?;
-    let windows = windows.iter().map(|&window| Branch::Windowed(Windowed::new(window)));
-    routed([query, key, value], routing, windows.chain([Branch::Full]).map(Some).collect(), options)
+    let windows = windows.iter().map(|&window| Branch::from(Windowed::new(window)));
+    let branches: Vec<Branch> = windows.chain([Full.into()]).collect();
+    selected_attention(query, key, value, routing, &branches, options)
 }
 
 /// L2A's global sub-layer (arXiv 2603.17484): full attention where the route is the last reach, zero
@@ -155,7 +175,7 @@ pub fn global_attention(
 ) -> Result<Tensor<4>> {
     let mut branches = vec![None; routing.reaches()];
     if let Some(last) = branches.last_mut() {
-        *last = Some(Branch::Full);
+        *last = Some(Full.into());
     }
     routed([query, key, value], routing, branches, options)
 }

@@ -3,7 +3,8 @@
 //!
 //! Functions take `Tensor<4>` and return `Result`: [`attention()`], a drop-in for Burn's own, [`windowed_attention`] and
 //! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
-//! [`multi_window_attention`] and [`global_attention`]; and [`qada_attention`], whose gate has nothing to learn.
+//! [`multi_window_attention`] and [`global_attention`]; and [`qada_attention`], whose gate has nothing to learn. [`route`] and [`selected_attention`] take routers and
+//! branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
 //! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`CausalAttention`] not at all.
 //!
@@ -76,7 +77,8 @@ mod straight_through;
 mod system;
 
 pub use attention::{
-    aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
+    aha_attention, attention, full_attention, global_attention, multi_window_attention, selected_attention,
+    windowed_attention,
 };
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
@@ -86,6 +88,7 @@ pub use modules::{
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
 pub use qada::qada_attention;
-pub use routing::{Routing, linear_choice, linear_gate};
+pub use routing::{Routing, linear_choice, linear_gate, route};
+pub use system::Branch;
 
 pub use bifocal::{Covariance, Error, MomentGate, Result, Threshold, Window};

@@ -122,6 +122,18 @@ impl Routing {
     }
 }
 
+/// What any router decides of hidden states `[B, T, M]`, such as one of your own. Its scores, if it has any, have no
+/// gradient: a router that learns is [`linear_gate`] or [`linear_choice`].
+///
+/// # Errors
+/// [`Error::Option`] for devices without Bifocal kernels and element types other than f32, f16 and bf16; the router's own.
+pub fn route(router: &dyn Router, hidden: Tensor<3>) -> Result<Routing> {
+    let place = Place::of(&[Origin::of("the hidden states", &hidden)])?;
+    let hidden = place.import("the hidden states", hidden)?;
+    let decision = router.route(place.client(), hidden.view())?;
+    Ok(Routing::decided(place, decision))
+}
+
 /// A linear gate per router head: `r = sigmoid((x W + b) / temperature)`, far iff `r` passes the threshold (AHA, arXiv
 /// 2512.22562, section 3; L2A, arXiv 2603.17484).
 ///

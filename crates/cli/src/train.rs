@@ -346,6 +346,7 @@ pub(crate) fn kinds(config: &TrainingConfig) -> String {
                 let windows: Vec<_> = windows.iter().map(usize::to_string).collect();
                 format!("{} {}", kind.name(), windows.join("/"))
             }
+            AttentionKind::Custom { name } => name.clone(),
             _ => match kind.window() {
                 Some(window) => format!("{} {window}", kind.name()),
                 None => kind.name().to_string(),

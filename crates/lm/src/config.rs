@@ -49,6 +49,11 @@ pub enum AttentionKind {
         /// Share of token-heads that look far.
         far_share: f64,
     },
+    /// Attention from outside this crate, under the name that it was [registered](crate::register) by.
+    Custom {
+        /// The name.
+        name: String,
+    },
 }
 
 /// The paper's.
@@ -67,13 +72,14 @@ impl AttentionKind {
             Self::L2a { .. } => "l2a",
             Self::Qada { .. } => "qada",
             Self::RandomGate { .. } => "random-gate",
+            Self::Custom { .. } => "custom",
         }
     }
 
     /// The (smallest) window, if the kind has one.
     pub fn window(&self) -> Option<usize> {
         match self {
-            Self::Full => None,
+            Self::Full | Self::Custom { .. } => None,
             Self::Window { window }
             | Self::Aha { window }
             | Self::L2a { window }

@@ -4,6 +4,8 @@
 //! Each [`Property`] draws cases with proptest, runs the kernels with every output poisoned by NaN, and compares
 //! with the float64 oracle in `bifocal-reference`. The yardstick: a kernel's error against the oracle is at most
 //! twice the error of the same oracle computed in `f32`, plus a floor of a few roundings.
+//!
+//! An operator from elsewhere implements [`Subject`], and [`check_operator`] runs what all operators satisfy on it.
 
 mod attention;
 mod backward;
@@ -16,7 +18,12 @@ mod moments;
 mod packed;
 mod routing;
 mod straight_through;
+mod subject;
 mod tensor_cores;
+
+pub use bifocal_reference as reference;
+pub use num_traits::Float;
+pub use subject::{Subject, check_operator};
 
 use bifocal::cubecl::client::Client;
 use bifocal::{DeviceProfile, Result};

@@ -11,6 +11,7 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
+use super::custom::{CustomLayer, registered};
 use crate::{AttentionKind, Error, ModelConfig, Result};
 
 /// A layer's attention.
@@ -30,6 +31,8 @@ pub enum Attention {
     Qada(QadaAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
+    /// From outside this crate.
+    Custom(CustomLayer),
 }
 
 impl Attention {
@@ -66,6 +69,11 @@ impl Attention {
                 let config =
                     QadaAttentionConfig::new(d_model, heads, *window, *tau as f32).with_sinks(*sinks);
                 Self::Qada(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::Custom { name } => {
+                let attention = registered(name)?;
+                let CausalAttention { projections, rope, .. } = causal(None)?;
+                Self::Custom(CustomLayer { projections, rope, attention })
             }
             AttentionKind::RandomGate { window, far_share } => {
                 // Checks the share.
