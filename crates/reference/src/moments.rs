@@ -388,7 +388,8 @@ mod tests {
             let given = qada.predict(&c.q, &c.k, &c.options(), Some(&given));
             for [b, h, _] in indices([c.q.shape()[0], c.heads, 1]) {
                 let last = [b, h, c.tokens - 1];
-                assert_abs_diff_eq!(own[last], given[last], epsilon = 1e-12);
+                // A single token has no bulk.
+                prop_assert!(own[last] == given[last] || (own[last] - given[last]).abs() < 1e-12);
             }
         }
     }

@@ -93,7 +93,6 @@ impl Moments {
             mean: Tensor::empty(client, [batch, kv_heads, head_dim], Element::F32),
             scatter: Tensor::empty(client, [batch, kv_heads, rows, head_dim], Element::F32),
         };
-        let lists = batch * kv_heads;
         let last = [
             (&prefix.means, moments.mean.handle(), head_dim),
             (&prefix.scatters, moments.scatter.handle(), rows * head_dim),

@@ -293,19 +293,21 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
         let q = channel::<E, R>(&queries, query, d, numbers.scale, blueprint);
         mean_score = fma(q, Vector::new(means[mean + d]), mean_score);
     }
-    let mut variance = Vector::<f32, R>::new(0.0f32);
+    // The sum of squared differences from the mean score, and how many there are.
+    let mut squares = Vector::<f32, R>::new(0.0f32);
+    let mut summed = counts;
+    let mut remembers = chunks > 0u32;
     if comptime![!blueprint.streaming] {
+        remembers = true;
+    }
+    if remembers {
         let rows = comptime![blueprint.covariance.rows(blueprint.head_dim) as u32];
         let scatter = (slot * rows * dim) as usize;
-        let sum = quadratic::<E, R>(&queries, query, scatters, scatter, &numbers, blueprint);
-        variance = sum / Vector::new(numbers.given_keys);
+        squares = quadratic::<E, R>(&queries, query, scatters, scatter, &numbers, blueprint);
+    }
+    if comptime![!blueprint.streaming] {
+        summed = Vector::new(numbers.given_keys);
     } else {
-        let mut sum = Vector::<f32, R>::new(0.0f32);
-        if chunks > 0u32 {
-            let rows = comptime![blueprint.covariance.rows(blueprint.head_dim) as u32];
-            let scatter = (slot * rows * dim) as usize;
-            sum = quadratic::<E, R>(&queries, query, scatters, scatter, &numbers, blueprint);
-        }
         let keys = offset(&key_strides, batch, kv_head, 0u32);
         let limits = bulk + Vector::new(numbers.sinks as i32);
         let left = left_over::<E, R>(
@@ -324,11 +326,11 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
             blueprint,
         );
         mean_score += left.sum / counts;
-        variance = (sum + left.squares) / counts;
+        squares += left.squares;
     }
     // Rounding may leave a little less than nothing; NaN stays.
     let zero = Vector::<f32, R>::new(0.0f32);
-    variance = select_many(zero.greater_than(&variance), zero, variance);
+    let variance = select_many(zero.greater_than(&squares), zero, squares / summed);
     let mass = counts.ln() + mean_score + variance * Vector::new(0.5f32);
     #[unroll]
     for lane in 0..lanes {
