@@ -72,3 +72,8 @@ pub use cubecl;
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 mod readme {}
+
+/// Those of the book's page on QAdA.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/qada.md")]
+mod qada_page {}
