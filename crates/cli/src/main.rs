@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, train, report, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, masses, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -6,6 +6,7 @@ mod check;
 mod compare;
 mod demo;
 mod doctor;
+mod masses;
 mod output;
 mod plot;
 mod report;
@@ -42,6 +43,8 @@ enum Command {
     Train(Box<train::Options>),
     /// Show what training runs have measured, as a table and as plots.
     Report(report::Options),
+    /// Show how well QAdA predicts what queries of a run would miss, per head.
+    Masses(masses::Options),
     /// Check every property of the operators on a device.
     Check(check::Options),
     /// Compile the kernels of a model's shapes, so that later runs only load them.
@@ -99,6 +102,7 @@ fn main() -> ExitCode {
         Command::Demo(options) => demo::run(&options),
         Command::Train(options) => train::run(&options),
         Command::Report(options) => report::run(&options),
+        Command::Masses(options) => masses::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),
         Command::Bench(options) => bench::run(&options),

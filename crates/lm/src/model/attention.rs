@@ -85,6 +85,22 @@ impl Attention {
     }
 }
 
+impl Attention {
+    /// The projections and positions that queries, keys and values of all its branches share; L2A, whose sub-layers each have
+    /// their own, has none.
+    pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
+        Some(match self {
+            Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
+            Self::Aha(aha) => (&aha.projections, aha.rope.as_ref()),
+            Self::MultiWindow(multi) => (&multi.projections, multi.rope.as_ref()),
+            Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
+            Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
+            Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
+            Self::L2a(_) => return None,
+        })
+    }
+}
+
 /// AHA with routes drawn at random in place of its router.
 #[derive(Module, Debug)]
 pub struct RandomGate {
