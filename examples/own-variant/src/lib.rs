@@ -8,7 +8,7 @@ use bifocal::{
     Result, RouteGeometry, Router, Routes, Routine, Rows, Saved, TensorView, Window, Windowed,
     cubecl::client::Client,
 };
-use bifocal_burn::{AttentionOptions, Routing, route, selected_attention};
+use bifocal_burn::{AttentionOptions, Branch, Routing, route, selected_attention};
 use bifocal_lm::{CustomAttention, register};
 use burn::tensor::Tensor;
 
@@ -121,7 +121,7 @@ impl CustomAttention for Strided {
         [query, key, value]: [Tensor<4>; 3],
     ) -> Result<(Tensor<4>, Option<Routing>)> {
         let routing = route(&self.router, hidden)?;
-        let branches = [Windowed::new(self.window).into(), self.far.into()];
+        let branches: [Branch; 2] = [Windowed::new(self.window).into(), self.far.into()];
         let options = AttentionOptions::default();
         let out = selected_attention(query, key, value, &routing, &branches, &options)?;
         Ok((out, Some(routing)))

@@ -36,6 +36,20 @@ pub enum Attention {
 }
 
 impl Attention {
+    /// The projections and positions that queries, keys and values of all its branches share; L2A, whose sub-layers each have
+    /// their own, has none.
+    pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
+        Some(match self {
+            Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
+            Self::Aha(aha) => (&aha.projections, aha.rope.as_ref()),
+            Self::MultiWindow(multi) => (&multi.projections, multi.rope.as_ref()),
+            Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
+            Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
+            Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
+            Self::L2a(_) => return None,
+        })
+    }
+
     pub(super) fn new(kind: &AttentionKind, model: &ModelConfig, device: &Device) -> Result<Self> {
         let &ModelConfig { d_model, heads, kv_heads, context, rope_theta, router_bias, .. } = model;
         let kv_heads = Some(kv_heads);
@@ -81,22 +95,6 @@ impl Attention {
                 let CausalAttention { projections, rope, .. } = causal(Some(*window))?;
                 Self::RandomGate(RandomGate { projections, rope, window: *window, far_share: *far_share })
             }
-        })
-    }
-}
-
-impl Attention {
-    /// The projections and positions that queries, keys and values of all its branches share; L2A, whose sub-layers each have
-    /// their own, has none.
-    pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
-        Some(match self {
-            Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
-            Self::Aha(aha) => (&aha.projections, aha.rope.as_ref()),
-            Self::MultiWindow(multi) => (&multi.projections, multi.rope.as_ref()),
-            Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
-            Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
-            Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
-            Self::L2a(_) => return None,
         })
     }
 }
