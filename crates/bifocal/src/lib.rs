@@ -13,6 +13,8 @@
 //! | [`Aha`] | [`LinearGate::aha`], token x head | [`Windowed`], [`Full`] | each row is exactly one branch |
 //! | [`MultiWindow`] | [`LinearChoice`], token x head | several [`Windowed`], [`Full`] | likewise |
 //! | [`L2a`] | [`LinearGate::l2a`], token | [`Windowed`]; then [`Full`] on its own projections | in series |
+//! | [`Qada`] | [`MomentGate`], token x head, no weights | [`Windowed`] with sinks, then [`Far`] where routed | merged |
+//! | [`Logo`] | [`LinearGate`], token | [`Windowed`], [`Full`] where routed | mixed by the gate's scores |
 //!
 //! ```
 //! use bifocal::{Aha, Element, FixedRouter, Inputs, Router, Tensor, Window};
@@ -32,7 +34,9 @@
 mod aha;
 mod cache;
 mod l2a;
+mod logo;
 mod multi_window;
+mod qada;
 mod select;
 mod straight_through;
 mod tuning;
@@ -40,7 +44,9 @@ mod tuning;
 pub use aha::Aha;
 pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
+pub use logo::Logo;
 pub use multi_window::MultiWindow;
+pub use qada::Qada;
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
 pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
 pub use tuning::settle_within;
@@ -52,9 +58,14 @@ pub use bifocal_core::{
         Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
     },
 };
-pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, mix, select};
+pub use bifocal_dispatch::{
+    HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, merge_routed, mix, mix_routed, select,
+};
 pub use bifocal_full::{Far, Full, NonCausal};
-pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Threshold};
+pub use bifocal_router::{
+    Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
+    RandomRouter, Threshold,
+};
 pub use bifocal_windowed::Windowed;
 
 pub use cubecl;
@@ -63,3 +74,8 @@ pub use cubecl;
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 mod readme {}
+
+/// Those of the book's page on QAdA.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/qada.md")]
+mod qada_page {}

@@ -1,5 +1,6 @@
 use bifocal::{
-    Error, Gradients, Inputs, MultiWindow, Partial, Problem, Result, Saved, Window, Windowed, dot_rows,
+    Error, Full, Gradients, Inputs, MultiWindow, NonCausal, Partial, Problem, Result, Saved, Window,
+    Windowed, dot_rows,
 };
 use burn::tensor::{Bool, DType, Tensor, ops::AttentionModuleOptions};
 
@@ -40,7 +41,7 @@ pub fn windowed_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense([query, key, value], Branch::Windowed(Windowed::new(window)), options)
+    dense([query, key, value], Windowed::new(window).into(), options)
 }
 
 /// Causal softmax attention over every key up to the query's own (arXiv 1706.03762, section 3.2.1).
@@ -55,7 +56,7 @@ pub fn full_attention(
     value: Tensor<4>,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    dense([query, key, value], Branch::Full, options)
+    dense([query, key, value], Full.into(), options)
 }
 
 /// A drop-in for [`burn::tensor::module::attention`]: the same arguments and the same numbers, computed by Bifocal.
@@ -89,7 +90,7 @@ pub fn attention(
     let AttentionModuleOptions { scale, softcap, is_causal } = options;
     let [scale, softcap] = [scale, softcap].map(|option| option.map(|x| x as f32));
     let options = AttentionOptions { scale, softcap, ..AttentionOptions::default() };
-    dense([query, key, value], if is_causal { Branch::Full } else { Branch::NonCausal }, &options)
+    dense([query, key, value], if is_causal { Full.into() } else { NonCausal.into() }, &options)
 }
 
 /// All-or-Here Attention (arXiv 2512.22562): each token-head's output is the window's where its route is
@@ -111,8 +112,26 @@ pub fn aha_attention(
     window: Window,
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
-    let branches = [Branch::Windowed(Windowed::new(window)), Branch::Full];
-    routed([query, key, value], routing, branches.map(Some).to_vec(), options)
+    selected_attention(query, key, value, routing, &[Windowed::new(window).into(), Full.into()], options)
+}
+
+/// Attention in which every token-head's output is that of the one branch that its route names: AHA and its kin with
+/// branches of one's own. Branch `k` serves reach `k`; its gradients are its
+/// [`backward`](bifocal::AttentionOperator::backward).
+///
+/// Shapes and copies as in [`windowed_attention`], routes and gradients as in [`aha_attention`].
+///
+/// # Errors
+/// As [`windowed_attention`]; [`Error::Option`](bifocal::Error::Option) unless there is one branch per reach of `routing`.
+pub fn selected_attention(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    routing: &Routing,
+    branches: &[Branch],
+    options: &AttentionOptions,
+) -> Result<Tensor<4>> {
+    routed([query, key, value], routing, branches.iter().cloned().map(Some).collect(), options)
 }
 
 /// AHA with several windows: reach `k` is the `k`-th window, the last reach full attention (the question that
@@ -133,8 +152,9 @@ pub fn multi_window_attention(
     options: &AttentionOptions,
 ) -> Result<Tensor<4>> {
     MultiWindow::new(windows)?;
-    let windows = windows.iter().map(|&window| Branch::Windowed(Windowed::new(window)));
-    routed([query, key, value], routing, windows.chain([Branch::Full]).map(Some).collect(), options)
+    let windows = windows.iter().map(|&window| Branch::from(Windowed::new(window)));
+    let branches: Vec<Branch> = windows.chain([Full.into()]).collect();
+    selected_attention(query, key, value, routing, &branches, options)
 }
 
 /// L2A's global sub-layer (arXiv 2603.17484): full attention where the route is the last reach, zero
@@ -155,7 +175,7 @@ pub fn global_attention(
 ) -> Result<Tensor<4>> {
     let mut branches = vec![None; routing.reaches()];
     if let Some(last) = branches.last_mut() {
-        *last = Some(Branch::Full);
+        *last = Some(Full.into());
     }
     routed([query, key, value], routing, branches, options)
 }
@@ -223,7 +243,7 @@ fn run(
 }
 
 /// The inputs of attention in Bifocal's hands.
-struct Imported {
+pub(crate) struct Imported {
     query: bifocal::Tensor<4>,
     key: bifocal::Tensor<4>,
     value: bifocal::Tensor<4>,
@@ -231,7 +251,11 @@ struct Imported {
 }
 
 impl Imported {
-    fn new(place: &Place, [query, key, value]: [&Tensor<4>; 3], sinks: Option<&Tensor<1>>) -> Result<Self> {
+    pub(crate) fn new(
+        place: &Place,
+        [query, key, value]: [&Tensor<4>; 3],
+        sinks: Option<&Tensor<1>>,
+    ) -> Result<Self> {
         Ok(Self {
             query: place.import("query", query.clone())?,
             key: place.import("key", key.clone())?,
@@ -240,7 +264,7 @@ impl Imported {
         })
     }
 
-    fn inputs(&self) -> Inputs<'_> {
+    pub(crate) fn inputs(&self) -> Inputs<'_> {
         let inputs = Inputs::new(self.query.view(), self.key.view(), self.value.view());
         match &self.sinks {
             Some(sinks) => inputs.with_sink_logits(sinks.view()),
@@ -262,26 +286,40 @@ struct Attention {
 impl Differentiable for Attention {
     fn backward(self, inputs: Vec<Tensor<4>>, d_out: Tensor<4>) -> Result<Vec<Tensor<4>>> {
         let Self { place, problem, system, partial } = self;
-        let client = place.client();
-        let [query, key, value] = [&inputs[0], &inputs[1], &inputs[2]];
-        let sinks = inputs.get(3).map(|sinks| sinks.clone().reshape([problem.heads]));
-        let dtype = query.dtype();
-        let imported = Imported::new(&place, [query, key, value], sinks.as_ref())?;
-        let d_out = place.import("the gradient of the output", d_out)?;
-
-        let delta = dot_rows(client, &problem, partial.out.view(), d_out.view())?;
-        let saved = Saved { partial: &partial, d_out: d_out.view(), delta: delta.view() };
-        let gradients = Gradients::zeros(client, &problem, sinks.is_some())?;
-        system.backward(client, &problem, &imported.inputs(), &saved, &gradients)?;
-
-        let Gradients { query, key, value, sink_logits } = gradients;
-        let mut gradients = Vec::with_capacity(inputs.len());
-        for gradient in [query, key, value] {
-            gradients.push(place.export_contiguous(gradient)?.cast(dtype));
-        }
-        if let Some(sinks) = sink_logits {
-            gradients.push(place.export_contiguous(sinks)?.reshape([1, 1, 1, problem.heads]));
-        }
-        Ok(gradients)
+        differentiate(&place, &problem, &partial, &inputs, d_out, |inputs, saved, gradients| {
+            system.backward(place.client(), &problem, inputs, saved, gradients)
+        })
     }
+}
+
+/// The gradients of query, key, value and, where there are any, sink logits `[1, 1, 1, H]`, which `backward` adds to zeros.
+pub(crate) fn differentiate(
+    place: &Place,
+    problem: &Problem,
+    partial: &Partial,
+    inputs: &[Tensor<4>],
+    d_out: Tensor<4>,
+    backward: impl FnOnce(&Inputs<'_>, &Saved<'_>, &Gradients) -> Result<()>,
+) -> Result<Vec<Tensor<4>>> {
+    let client = place.client();
+    let [query, key, value] = [&inputs[0], &inputs[1], &inputs[2]];
+    let sinks = inputs.get(3).map(|sinks| sinks.clone().reshape([problem.heads]));
+    let dtype = query.dtype();
+    let imported = Imported::new(place, [query, key, value], sinks.as_ref())?;
+    let d_out = place.import("the gradient of the output", d_out)?;
+
+    let delta = dot_rows(client, problem, partial.out.view(), d_out.view())?;
+    let saved = Saved { partial, d_out: d_out.view(), delta: delta.view() };
+    let gradients = Gradients::zeros(client, problem, sinks.is_some())?;
+    backward(&imported.inputs(), &saved, &gradients)?;
+
+    let Gradients { query, key, value, sink_logits } = gradients;
+    let mut gradients = Vec::with_capacity(inputs.len());
+    for gradient in [query, key, value] {
+        gradients.push(place.export_contiguous(gradient)?.cast(dtype));
+    }
+    if let Some(sinks) = sink_logits {
+        gradients.push(place.export_contiguous(sinks)?.reshape([1, 1, 1, problem.heads]));
+    }
+    Ok(gradients)
 }

@@ -3,9 +3,10 @@
 //!
 //! Functions take `Tensor<4>` and return `Result`: [`attention()`], a drop-in for Burn's own, [`windowed_attention`] and
 //! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
-//! [`multi_window_attention`] and [`global_attention`].
+//! [`multi_window_attention`] and [`global_attention`]; and [`qada_attention`], whose gate has nothing to learn. [`route`] and [`selected_attention`] take routers and
+//! branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
-//! [`L2aAttention`]; [`CausalAttention`] has no router.
+//! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`CausalAttention`] not at all.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -70,19 +71,24 @@ mod modules;
 mod options;
 mod penalty;
 mod place;
+mod qada;
 mod routing;
 mod straight_through;
 mod system;
 
 pub use attention::{
-    aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
+    aha_attention, attention, full_attention, global_attention, multi_window_attention, selected_attention,
+    windowed_attention,
 };
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
-    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, RopeConfig,
+    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention,
+    QadaAttentionConfig, RopeConfig,
 };
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
-pub use routing::{Routing, linear_choice, linear_gate};
+pub use qada::qada_attention;
+pub use routing::{Routing, linear_choice, linear_gate, route};
+pub use system::Branch;
 
-pub use bifocal::{Error, Result, Threshold, Window};
+pub use bifocal::{Covariance, Error, MomentGate, Result, Threshold, Window};

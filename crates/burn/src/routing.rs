@@ -48,6 +48,11 @@ impl Routing {
         Ok(Self { decision: Decision { scores: None, routes: decided, counts }, scores: None, place })
     }
 
+    /// What a router decided there that learns nothing.
+    pub(crate) fn decided(place: Place, decision: Decision) -> Self {
+        Self { decision, scores: None, place }
+    }
+
     /// `[B, R, T]`: sequences, router heads, tokens.
     pub fn shape(&self) -> [usize; 3] {
         let RouteGeometry { batch, heads, tokens, .. } = self.decision.routes.geometry();
@@ -115,6 +120,18 @@ impl Routing {
     pub(crate) fn decision(&self) -> &Decision {
         &self.decision
     }
+}
+
+/// What any router decides of hidden states `[B, T, M]`, such as one of your own. Its scores, if it has any, have no
+/// gradient: a router that learns is [`linear_gate`] or [`linear_choice`].
+///
+/// # Errors
+/// [`Error::Option`] for devices without Bifocal kernels and element types other than f32, f16 and bf16; the router's own.
+pub fn route(router: &dyn Router, hidden: Tensor<3>) -> Result<Routing> {
+    let place = Place::of(&[Origin::of("the hidden states", &hidden)])?;
+    let hidden = place.import("the hidden states", hidden)?;
+    let decision = router.route(place.client(), hidden.view())?;
+    Ok(Routing::decided(place, decision))
 }
 
 /// A linear gate per router head: `r = sigmoid((x W + b) / temperature)`, far iff `r` passes the threshold (AHA, arXiv

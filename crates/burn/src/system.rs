@@ -1,27 +1,34 @@
 //! Attention systems: which branch computes which rows, forward and backward.
 
+use core::fmt;
+use std::sync::Arc;
+
 use bifocal::{
-    AttentionOperator, DeviceProfile, Error, Full, Gradients, Inputs, NonCausal, Partial, Plan, Problem,
-    Result, Routes, Rows, Saved, Tensor, Windowed, cubecl::client::Client, mask, select,
+    AttentionOperator, DeviceProfile, Error, Gradients, Inputs, Partial, Plan, Problem, Result, Routes, Rows,
+    Saved, Tensor, cubecl::client::Client, mask, select,
 };
 
 use crate::Training;
 
-/// An attention operator as a value, so that a backward pass can hold on to it.
-#[derive(Clone, Copy, Debug)]
-pub(crate) enum Branch {
-    Windowed(Windowed),
-    Full,
-    NonCausal,
+/// An attention operator that a backward pass can hold on to: `Branch::from(operator)`.
+#[derive(Clone)]
+pub struct Branch(Arc<dyn AttentionOperator + Send + Sync>);
+
+impl<O: AttentionOperator + Send + Sync + 'static> From<O> for Branch {
+    fn from(operator: O) -> Self {
+        Self(Arc::new(operator))
+    }
 }
 
 impl Branch {
     fn operator(&self) -> &dyn AttentionOperator {
-        match self {
-            Branch::Windowed(windowed) => windowed,
-            Branch::Full => &Full,
-            Branch::NonCausal => &NonCausal,
-        }
+        &*self.0
+    }
+}
+
+impl fmt::Debug for Branch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({})", self.0.name(), self.0.reach())
     }
 }
 

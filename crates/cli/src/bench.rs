@@ -8,8 +8,8 @@ use std::{
 
 use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Full, Gradients, Inputs, L2a, LinearGate, Partial, Problem,
-    RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
+    Aha, AttentionOperator, DeviceProfile, Full, Gradients, Inputs, L2a, LinearGate, MomentGate, Partial,
+    Problem, Qada, RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
 use cubecl::{MemoryScope, client::Client};
@@ -40,7 +40,7 @@ pub(crate) struct Options {
     /// Keys in the window, the query's own included.
     #[arg(long, default_value_t = 256)]
     window: usize,
-    /// Share of token-heads (AHA) that look far.
+    /// Share of token-heads (AHA, QAdA) that look far.
     #[arg(long, default_value_t = 0.067)]
     far_share: f64,
     /// Share of tokens (L2A) that look far.
@@ -89,9 +89,13 @@ enum CaseName {
     AhaExact,
     /// L2A's global branch by token-wise routes, its plan included.
     L2a,
+    /// QAdA's decision: moments of keys, and what they say of every row.
+    Moments,
+    /// QAdA, decision, plan and merge included, with sinks, and with the threshold that sends the share of token-heads far.
+    Qada,
 }
 
-const CASES: [CaseName; 7] = [
+const CASES: [CaseName; 9] = [
     CaseName::Windowed,
     CaseName::Full,
     CaseName::Router,
@@ -99,17 +103,25 @@ const CASES: [CaseName; 7] = [
     CaseName::Aha,
     CaseName::AhaExact,
     CaseName::L2a,
+    CaseName::Moments,
+    CaseName::Qada,
 ];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let client = bifocal::open(options.device.as_str())?;
     let shape = &options.shape;
-    let cases: &[CaseName] = if options.cases.is_empty() { &CASES } else { &options.cases };
+    // What moments do not know is no part of all.
+    let every =
+        || CASES.into_iter().filter(|case| shape.softcap.is_none() || !case.knows_moments()).collect();
+    let cases: Vec<CaseName> = if options.cases.is_empty() { every() } else { options.cases.clone() };
     let bar = output::progress(shape.lengths.len() * cases.len());
     let mut timings = Vec::new();
     for &length in &shape.lengths {
-        let bench = Bench::new(&client, options, length)?;
-        for &case in cases {
+        let mut bench = Bench::new(&client, options, length)?;
+        if cases.iter().any(|case| case.knows_moments()) {
+            bench.calibrate()?;
+        }
+        for &case in &cases {
             let message = format!("{} at {length}", bench.name(case));
             bar.set_message(message.clone());
             timings.push(bench.time(case).context(message)?);
@@ -174,12 +186,19 @@ impl CaseName {
             CaseName::Aha => "aha",
             CaseName::AhaExact => "aha-exact",
             CaseName::L2a => "l2a",
+            CaseName::Moments => "moments",
+            CaseName::Qada => "qada",
         }
+    }
+
+    /// Whether moments of keys decide something.
+    fn knows_moments(self) -> bool {
+        matches!(self, CaseName::Moments | CaseName::Qada)
     }
 
     /// Whether it is attention, which has gradients.
     fn attends(self) -> bool {
-        !matches!(self, CaseName::Router | CaseName::Plan)
+        !matches!(self, CaseName::Router | CaseName::Plan | CaseName::Moments)
     }
 }
 
@@ -204,6 +223,10 @@ struct Bench<'a> {
     by_token: RandomRouter,
     sets: Vec<Set>,
     memory: Memory,
+    partial: Partial,
+    qada: Qada,
+    /// What QAdA decides of every row, once calibrated.
+    decided: Vec<u8>,
 }
 
 /// The most bytes that a call was seen to hold on the device.
@@ -257,7 +280,29 @@ impl<'a> Bench<'a> {
             by_token: options.gates.router(1, options.far_tokens, 2)?,
             sets,
             memory: Memory::default(),
+            partial: Partial::empty(client, &problem, element),
+            qada: Qada::new(MomentGate::new(Window::new(options.window)?, 0.5)?),
+            decided: Vec::new(),
         })
+    }
+
+    /// Finds the threshold by which QAdA sends the share of token-heads far, on these very inputs.
+    fn calibrate(&mut self) -> Result<()> {
+        let (client, problem, partial) = (self.client, &self.problem, &self.partial);
+        let Set { query, key, value, .. } = &self.sets[0];
+        let inputs = Inputs::new(query.view(), key.view(), value.view());
+        let predicted = self.qada.gate().predict(client, problem, &inputs, None)?.to_f32(client)?;
+        self.qada.near().attend(client, problem, &inputs, Rows::All, partial)?;
+        let near = partial.lse.to_f32(client)?;
+        let mut margins: Vec<f32> = predicted.iter().zip(&near).map(|(bulk, near)| bulk - near).collect();
+        margins.sort_by(f32::total_cmp);
+        let local = ((1.0 - self.options.far_share) * margins.len() as f64) as usize;
+        let cut = f64::from(margins[local.min(margins.len() - 1)]);
+        let tau = (1.0 / (1.0 + cut.exp())).clamp(f64::from(f32::MIN_POSITIVE), 1.0);
+        self.qada = Qada::new(MomentGate::new(self.window, tau as f32)?);
+        let (_, decision) = self.qada.attend(client, problem, &inputs, None)?;
+        self.decided = decision.routes.to_host(client)?;
+        Ok(())
     }
 
     fn time(&self, case: CaseName) -> Result<Timing> {
@@ -310,6 +355,19 @@ impl<'a> Bench<'a> {
                         let plan = bifocal::plan(client, problem, &by_token.routes)?;
                         let rows = plan.far_rows()?;
                         Full.backward(client, problem, &inputs, rows, saved, gradients).map(|_| ())
+                    })
+                }
+                CaseName::Moments => {
+                    let gate = self.qada.gate();
+                    let predicted = gate.predict(client, problem, &inputs, None)?;
+                    gate.decide(client, problem, self.partial.lse.view(), predicted).map(|_| ())
+                }
+                CaseName::Qada => {
+                    let decision = self.qada.attend_into(client, problem, &inputs, None, partial)?;
+                    self.differentiate(set, partial, |saved, gradients| {
+                        // As L2A's.
+                        let plan = bifocal::plan(client, problem, &decision.routes)?;
+                        self.qada.backward(client, problem, &inputs, &plan, saved, gradients)
                     })
                 }
             }
@@ -439,7 +497,7 @@ impl<'a> Bench<'a> {
             })
         };
         let computed = match case {
-            CaseName::Router | CaseName::Plan => return None,
+            CaseName::Router | CaseName::Plan | CaseName::Moments => return None,
             CaseName::Windowed => sum(&|_, token| pairs(near, token as usize)),
             CaseName::Full => full(),
             CaseName::Aha => by_route(),
@@ -448,6 +506,10 @@ impl<'a> Bench<'a> {
             CaseName::L2a => sum(&|row, token| {
                 let far = self.by_token.route_of(row / heads as u32, token) == 1;
                 if far { pairs(Reach::All, token as usize) } else { 0.0 }
+            }),
+            CaseName::Qada => sum(&|row, token| {
+                let far = self.decided[row as usize * query_len + token as usize] == 1;
+                pairs(if far { Reach::All } else { self.qada.near().reach() }, token as usize)
             }),
         };
         let differentiated = match case {
@@ -464,6 +526,10 @@ impl<'a> Bench<'a> {
         let (router, heads) = match case {
             CaseName::Plan | CaseName::Aha | CaseName::AhaExact => (&self.by_head, self.problem.heads),
             CaseName::L2a => (&self.by_token, 1),
+            CaseName::Moments | CaseName::Qada => {
+                let far = self.decided.iter().filter(|&&route| route == 1).count();
+                return Some(far as f64 / self.decided.len() as f64);
+            }
             CaseName::Windowed | CaseName::Full | CaseName::Router => return None,
         };
         let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
@@ -503,6 +569,11 @@ impl<'a> Bench<'a> {
             CaseName::AhaExact if self.options.backward => attention + 5 * routes(heads),
             CaseName::AhaExact => attention + routes(heads),
             CaseName::L2a => attention + routes(1),
+            CaseName::Moments => {
+                let masses = 2 * routes(heads) * size_of::<f32>();
+                (size(&query.shape()) + size(&key.shape())) * element.size() + masses + routes(heads)
+            }
+            CaseName::Qada => attention,
         }
     }
 }

@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, train, report, export, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, export, masses, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -7,6 +7,7 @@ mod compare;
 mod demo;
 mod doctor;
 mod export;
+mod masses;
 mod output;
 mod plot;
 mod report;
@@ -45,6 +46,8 @@ enum Command {
     Report(report::Options),
     /// Write what a training run has learned to one file, without what only training needs.
     Export(export::Options),
+    /// Show how well QAdA predicts what queries of a run would miss, per head.
+    Masses(masses::Options),
     /// Check every property of the operators on a device.
     Check(check::Options),
     /// Compile the kernels of a model's shapes, so that later runs only load them.
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
         Command::Train(options) => train::run(&options),
         Command::Report(options) => report::run(&options),
         Command::Export(options) => export::run(&options),
+        Command::Masses(options) => masses::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),
         Command::Bench(options) => bench::run(&options),

@@ -57,6 +57,12 @@ struct ModelOptions {
     /// Keys in the near branch, the query's own included; several for multi-window.
     #[arg(long, value_delimiter = ',', value_name = "N")]
     window: Vec<usize>,
+    /// QAdA's threshold: a row stays near iff its near keys are predicted to hold this share of the softmax.
+    #[arg(long, value_name = "X")]
+    tau: Option<f64>,
+    /// Tokens at the start of the text that QAdA shows to every query; 16 unless given.
+    #[arg(long, value_name = "N")]
+    sinks: Option<u32>,
     /// The share of token-heads that a random gate sends far.
     #[arg(long, value_name = "X")]
     far_share: Option<f64>,
@@ -131,6 +137,7 @@ enum KindName {
     Aha,
     MultiWindow,
     L2a,
+    Qada,
     RandomGate,
 }
 
@@ -283,8 +290,12 @@ impl ModelOptions {
         }
         if !self.attention.is_empty() {
             model.attention = self.attention.iter().map(|&kind| self.kind(kind)).collect::<Result<_>>()?;
-        } else if !self.window.is_empty() || self.far_share.is_some() {
-            bail!("--window and --far-share say more about --attention, which is not given");
+        } else if !self.window.is_empty()
+            || self.far_share.is_some()
+            || self.tau.is_some()
+            || self.sinks.is_some()
+        {
+            bail!("--window, --tau, --sinks and --far-share say more about --attention, which is not given");
         }
         Ok(())
     }
@@ -301,6 +312,10 @@ impl ModelOptions {
             KindName::L2a => AttentionKind::L2a { window: window()? },
             KindName::MultiWindow if self.window.is_empty() => bail!("multi-window needs --window N,N"),
             KindName::MultiWindow => AttentionKind::MultiWindow { windows: self.window.clone() },
+            KindName::Qada => {
+                let tau = self.tau.context("qada needs --tau")?;
+                AttentionKind::Qada { window: window()?, tau, sinks: self.sinks.unwrap_or(16) }
+            }
             KindName::RandomGate => {
                 let far_share = self.far_share.context("random-gate needs --far-share")?;
                 AttentionKind::RandomGate { window: window()?, far_share }
@@ -350,6 +365,7 @@ pub(crate) fn kinds(config: &TrainingConfig) -> String {
                 let windows: Vec<_> = windows.iter().map(usize::to_string).collect();
                 format!("{} {}", kind.name(), windows.join("/"))
             }
+            AttentionKind::Custom { name } => name.clone(),
             _ => match kind.window() {
                 Some(window) => format!("{} {window}", kind.name()),
                 None => kind.name().to_string(),

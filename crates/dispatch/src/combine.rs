@@ -19,27 +19,57 @@ use kernels::{RowsLaunch, mask_kernel, merge_kernel, mix_kernel, select_kernel};
 /// # Errors
 /// As [`Partial::check`] for both.
 pub fn merge(client: &Client, problem: &Problem, into: &Partial, from: &Partial) -> Result<()> {
-    check(client, problem, from)?;
     check(client, problem, into)?;
-    let rows = problem.batch * problem.heads * problem.query_len;
-    let (cubes, units) = grid(client, rows);
+    check(client, problem, from)?;
+    merge_rows(client, None, HostRows::all(problem), into, from);
+    Ok(())
+}
+
+/// [`merge`] of the rows whose route is `reach`; all others stay as they are and are not read in `from`, so that it may be
+/// a partial whose other rows were never written. Rows without a valid route become NaN.
+///
+/// # Errors
+/// As [`select`].
+pub fn merge_routed(
+    client: &Client,
+    problem: &Problem,
+    routes: &Routes,
+    reach: usize,
+    into: &Partial,
+    from: &Partial,
+) -> Result<()> {
+    check(client, problem, from)?;
+    let (geometry, rows) = check_routed(client, problem, routes, reach, into)?;
+    merge_rows(client, Some((routes, geometry, reach)), rows, into, from);
+    Ok(())
+}
+
+/// Routes, their geometry, and the reach whose rows are combined.
+type Taken<'a> = (&'a Routes, RouteGeometry, usize);
+
+fn merge_rows(client: &Client, taken: Option<Taken<'_>>, rows: HostRows, into: &Partial, from: &Partial) {
+    let (cubes, units) = grid(client, rows.rows);
+    let [reaches, reach] = taken.map_or([0, 0], |(_, geometry, reach)| [geometry.reaches, reach]);
     // SAFETY: both were checked against the problem; each unit checks its row.
     unsafe {
         merge_kernel::launch_unchecked(
             client,
             cubes,
             units,
+            words(taken.map_or(from.lse.handle(), |(routes, ..)| routes.handle())),
             elements(from.out.view()),
             elements(from.lse.view()),
             elements(into.out.view()),
             elements(into.lse.view()),
-            rows as u32,
-            problem.value_dim as u32,
+            rows.launch(),
+            reaches as u32,
+            reach as u32,
             f32::NEG_INFINITY,
+            f32::NAN,
+            taken.is_some(),
             [from.out.element().into(), into.out.element().into()],
         );
     }
-    Ok(())
 }
 
 /// Mixes the far branch into the near one with soft gates: `into = (1 - w) into + w far` (LoGo, arXiv
@@ -57,34 +87,75 @@ pub fn mix(
     into: &Partial,
     far: &Partial,
 ) -> Result<()> {
-    check(client, problem, far)?;
     check(client, problem, into)?;
+    let router_heads = check_weights(client, problem, weights)?;
+    check(client, problem, far)?;
+    mix_rows(client, None, HostRows { router_heads, ..HostRows::all(problem) }, weights, into, far);
+    Ok(())
+}
+
+/// [`mix`] of the rows whose route is `reach`; all others stay as they are, as if their weight were 0, and are not read in
+/// `far` (LoGo, arXiv 2608.29539, whose weights below a threshold are 0). Rows without a valid route become NaN.
+///
+/// # Errors
+/// As [`select`] and [`mix`]; [`Error::Shape`] unless there is a weight per route.
+pub fn mix_routed(
+    client: &Client,
+    problem: &Problem,
+    weights: TensorView<'_, 3>,
+    routes: &Routes,
+    reach: usize,
+    into: &Partial,
+    far: &Partial,
+) -> Result<()> {
+    check(client, problem, far)?;
+    let (geometry, rows) = check_routed(client, problem, routes, reach, into)?;
+    let router_heads = check_weights(client, problem, weights)?;
+    if router_heads != geometry.heads {
+        let expected = format!("{:?}, as the routes", [geometry.batch, geometry.heads, geometry.tokens]);
+        return Err(Error::shape("the mixing weights", expected, &weights.shape()));
+    }
+    mix_rows(client, Some((routes, geometry, reach)), rows, weights, into, far);
+    Ok(())
+}
+
+/// Checks mixing weights and gives the router heads that they are for.
+fn check_weights(client: &Client, problem: &Problem, weights: TensorView<'_, 3>) -> Result<usize> {
     let [batch, router_heads, tokens] = weights.shape();
     RouteGeometry::new(batch, router_heads, tokens, 2)?.check(problem)?;
     weights.check("the mixing weights", client, [batch, router_heads, tokens], Element::F32)?;
     weights.check_contiguous("the mixing weights")?;
-    let rows = problem.batch * problem.heads * problem.query_len;
-    let (cubes, units) = grid(client, rows);
-    // SAFETY: as in `merge`.
+    Ok(router_heads)
+}
+
+fn mix_rows(
+    client: &Client,
+    taken: Option<Taken<'_>>,
+    rows: HostRows,
+    weights: TensorView<'_, 3>,
+    into: &Partial,
+    far: &Partial,
+) {
+    let (cubes, units) = grid(client, rows.rows);
+    let [reaches, reach] = taken.map_or([0, 0], |(_, geometry, reach)| [geometry.reaches, reach]);
+    // SAFETY: as in `merge_rows`; weights were checked too.
     unsafe {
         mix_kernel::launch_unchecked(
             client,
             cubes,
             units,
+            words(taken.map_or(weights.handle(), |(routes, ..)| routes.handle())),
             elements(weights),
             elements(far.out.view()),
             elements(into.out.view()),
-            RowsLaunch::new(
-                rows as u32,
-                problem.query_len as u32,
-                problem.heads as u32,
-                router_heads as u32,
-                problem.value_dim as u32,
-            ),
+            rows.launch(),
+            reaches as u32,
+            reach as u32,
+            f32::NAN,
+            taken.is_some(),
             [far.out.element().into(), into.out.element().into()],
         );
     }
-    Ok(())
 }
 
 /// Scatters the rows of `from` whose route is `reach` into `into`, outputs and log-sum-exp, and leaves the others.
@@ -106,7 +177,7 @@ pub fn select(
     check(client, problem, from)?;
     let (geometry, rows) = check_routed(client, problem, routes, reach, into)?;
     let (cubes, units) = grid(client, rows.rows);
-    // SAFETY: as in `merge`.
+    // SAFETY: as in `merge_rows`.
     unsafe {
         select_kernel::launch_unchecked(
             client,
@@ -141,7 +212,7 @@ pub fn mask(
 ) -> Result<()> {
     let (geometry, rows) = check_routed(client, problem, routes, reach, partial)?;
     let (cubes, units) = grid(client, rows.rows);
-    // SAFETY: as in `merge`.
+    // SAFETY: as in `merge_rows`.
     unsafe {
         mask_kernel::launch_unchecked(
             client,
@@ -171,6 +242,18 @@ struct HostRows {
 }
 
 impl HostRows {
+    /// Every row, each router head serving one query head.
+    fn all(problem: &Problem) -> Self {
+        let Problem { batch, heads, query_len, value_dim, .. } = *problem;
+        Self {
+            rows: batch * heads * query_len,
+            tokens: query_len,
+            heads,
+            router_heads: heads,
+            dim: value_dim,
+        }
+    }
+
     fn launch(&self) -> RowsLaunch {
         RowsLaunch::new(
             self.rows as u32,
@@ -196,13 +279,7 @@ fn check_routed(
     if reach >= geometry.reaches {
         return Err(Error::option("reach", reach, format!("0..{}", geometry.reaches)));
     }
-    let rows = HostRows {
-        rows: problem.batch * problem.heads * problem.query_len,
-        tokens: problem.query_len,
-        heads: problem.heads,
-        router_heads: geometry.heads,
-        dim: problem.value_dim,
-    };
+    let rows = HostRows { router_heads: geometry.heads, ..HostRows::all(problem) };
     Ok((geometry, rows))
 }
 

@@ -2,12 +2,12 @@
 //!
 //! [`Plan`] turns the routes of a router into, per reach, the ascending lists of routed rows and the work items cut
 //! from them, on the device and without a read-back. [`merge`], [`mix`], [`select`] and [`mask`] combine what
-//! the attention operators make of them; [`dot_rows`] and [`add_to_scores`] serve the way back.
+//! the attention operators make of them, [`merge_routed`] and [`mix_routed`] on the rows of one reach alone; [`dot_rows`] and [`add_to_scores`] serve the way back.
 
 mod combine;
 mod dot;
 mod plan;
 
-pub use combine::{mask, merge, mix, select};
+pub use combine::{mask, merge, merge_routed, mix, mix_routed, select};
 pub use dot::{add_to_scores, dot_rows};
 pub use plan::{HostPlan, INVALID_ROW, Plan};

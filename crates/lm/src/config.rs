@@ -31,6 +31,17 @@ pub enum AttentionKind {
         /// Keys that a query sees in the local sub-layer.
         window: usize,
     },
+    /// Query-adaptive attention (QAdA, arXiv 2502.09647): a window and the first tokens, then everything else where the moments
+    /// of keys say so. It has the weights of full attention and learns nothing for its gate.
+    Qada {
+        /// Keys that a query sees near.
+        window: usize,
+        /// A row stays near iff its near keys are predicted to hold at least this share of the softmax.
+        tau: f64,
+        /// Tokens at the start of the sequence that every query sees; 16 unless set.
+        #[serde(default = "qada_sinks")]
+        sinks: u32,
+    },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
     RandomGate {
         /// Keys that a query sees near.
@@ -38,6 +49,16 @@ pub enum AttentionKind {
         /// Share of token-heads that look far.
         far_share: f64,
     },
+    /// Attention from outside this crate, under the name that it was [registered](crate::register) by.
+    Custom {
+        /// The name.
+        name: String,
+    },
+}
+
+/// The paper's.
+fn qada_sinks() -> u32 {
+    16
 }
 
 impl AttentionKind {
@@ -49,17 +70,20 @@ impl AttentionKind {
             Self::Aha { .. } => "aha",
             Self::MultiWindow { .. } => "multi-window",
             Self::L2a { .. } => "l2a",
+            Self::Qada { .. } => "qada",
             Self::RandomGate { .. } => "random-gate",
+            Self::Custom { .. } => "custom",
         }
     }
 
     /// The (smallest) window, if the kind has one.
     pub fn window(&self) -> Option<usize> {
         match self {
-            Self::Full => None,
+            Self::Full | Self::Custom { .. } => None,
             Self::Window { window }
             | Self::Aha { window }
             | Self::L2a { window }
+            | Self::Qada { window, .. }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
@@ -375,20 +399,23 @@ mod tests {
             AttentionKind::MultiWindow { windows: vec![16, 64] },
             AttentionKind::RandomGate { window: 8, far_share: 0.1 },
             AttentionKind::L2a { window: 32 },
+            AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
         ];
+        config.model.layers = 5;
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainingConfig>(&json).unwrap(), config);
         config.check().unwrap();
-        assert_eq!(config.model.attention_of(3).name(), "l2a");
+        assert_eq!(config.model.attention_of(4).name(), "qada");
     }
 
     #[test]
     fn what_is_left_out_of_json_is_the_default() {
-        let json = r#"{ "steps": 7, "model": { "attention": [{ "kind": "window", "window": 3 }] } }"#;
+        let json =
+            r#"{ "steps": 7, "model": { "attention": [{ "kind": "qada", "window": 3, "tau": 0.5 }] } }"#;
         let config: TrainingConfig = serde_json::from_str(json).unwrap();
         assert_eq!((config.steps, config.batch), (7, TrainingConfig::default().batch));
-        assert_eq!(config.model.attention_of(2), &AttentionKind::Window { window: 3 });
+        assert_eq!(config.model.attention_of(2), &AttentionKind::Qada { window: 3, tau: 0.5, sinks: 16 });
     }
 
     #[rstest]

@@ -10,7 +10,8 @@
 //! | [`Checkpoint`] | a saved run |
 //! | [`metrics`] | what a run measures |
 //!
-//! The command `bifocal train` is this crate with options around it.
+//! The command `bifocal train` is this crate with options around it. Attention of your own joins in by
+//! [`CustomAttention`] and [`register`].
 //!
 //! ```no_run
 //! use std::{path::Path, sync::atomic::AtomicBool};
@@ -48,6 +49,8 @@ pub use control::{BudgetController, Collapse, CollapseDetector, Side};
 pub use data::{Corpus, DOCUMENT_END, Split, TokenKind, VOCABULARY};
 pub use error::{Error, Result};
 pub use metrics::{KindShare, Line, StepLine, ValidationLine};
-pub use model::{Attention, Decoder, Forward, Layer, Pass, RandomGate};
+pub use model::{
+    Attention, CustomAttention, CustomLayer, Decoder, Forward, Layer, Pass, RandomGate, register,
+};
 pub use schedule::{l2a_weight, learning_rate};
 pub use trainer::{CHECKPOINT, METRICS, Outcome, Progress, Trainer};

@@ -1,14 +1,30 @@
-//! What both kernels of this crate share: their grid and their counters.
+//! What kernels of this crate share: their grid, their counters and strides.
 
 use bifocal_core::{
     DeviceProfile, Error, Refusal, Refusals, Result, Routine,
-    device::{RouteGeometry, Routes, launch::grid},
+    device::{RouteGeometry, Routes, TensorView, launch::grid},
 };
-use cubecl::{
-    client::Client,
-    prelude::{CubeCount, CubeDim},
-    server::Handle,
-};
+use cubecl::{client::Client, prelude::*, server::Handle};
+
+/// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
+#[derive(CubeType, CubeLaunch, Clone, Copy)]
+#[expand(derive(Clone, Copy))]
+pub(crate) struct Strides {
+    pub(crate) batch: u32,
+    pub(crate) head: u32,
+    pub(crate) token: u32,
+}
+
+pub(crate) fn strides(view: TensorView<'_, 4>) -> StridesLaunch {
+    let [batch, head, token, _] = view.strides();
+    StridesLaunch::new(batch as u32, head as u32, token as u32)
+}
+
+/// Where a row begins.
+#[cube]
+pub(crate) fn offset(strides: &Strides, batch: u32, head: u32, token: u32) -> usize {
+    (batch * strides.batch + head * strides.head + token * strides.token) as usize
+}
 
 /// Checks that the device can count routes, and returns cubes and units for one unit per four tokens of a router
 /// head: four, because routes are bytes that are written as words.

@@ -1,14 +1,21 @@
 //! Routers: for every token and router head, near or far.
 //!
 //! [`LinearGate`] and [`LinearChoice`] learn it (AHA, L2A, multi-window AHA); [`FixedRouter`] and
-//! [`RandomRouter`] are controls and static hybrids. Scores, routes and counts come out of one launch, or two where planes
+//! [`RandomRouter`] are controls and static hybrids. [`MomentGate`] has no weights: it asks [`Moments`] of keys what a query
+//! would miss (QAdA); a [`Calibration`] freezes what heads decide. Scores, routes and counts come out of one launch, or two where planes
 //! make the product worth one of its own, and nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
 
 mod assigned;
+mod calibration;
 mod launch;
 mod linear;
+mod moment_gate;
+mod moments;
 mod project;
 mod project_mma;
 
 pub use assigned::{FixedRouter, RandomRouter};
+pub use calibration::Calibration;
 pub use linear::{LinearChoice, LinearGate, Threshold};
+pub use moment_gate::MomentGate;
+pub use moments::{Covariance, HostMoments, Moments};

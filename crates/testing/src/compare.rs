@@ -44,8 +44,17 @@ impl Expected {
         data: &Data,
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Self {
-        let exact: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
-        let plain: reference::Partial<f32> = data.oracle(case.round_weight(), &reach_of);
+        let exact = data.oracle(|weight| weight, &reach_of);
+        Self::of(case, data, exact, data.oracle(case.round_weight(), &reach_of))
+    }
+
+    /// [`new`](Self::new) from the answers in f64 and in f32.
+    pub(crate) fn of(
+        case: &Case,
+        data: &Data,
+        exact: reference::Partial<f64>,
+        plain: reference::Partial<f32>,
+    ) -> Self {
         let out_element = case.out_element();
         let plain_out = plain.out.as_slice().iter().map(|&x| round(out_element, x));
         let largest = data.value.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));

@@ -117,7 +117,10 @@ impl Data {
     }
 
     /// What is done to scores, in `F`, and query, key and value.
-    fn arrays<F: num_traits::Float>(&self, round_weight: fn(F) -> F) -> (Options<F>, [Array<F, 4>; 3]) {
+    pub(crate) fn arrays<F: num_traits::Float>(
+        &self,
+        round_weight: fn(F) -> F,
+    ) -> (Options<F>, [Array<F, 4>; 3]) {
         let problem = self.case.problem();
         let options = Options {
             scale: cast(&problem.scale),

@@ -4,6 +4,8 @@
 //! Each [`Property`] draws cases with proptest, runs the kernels with every output poisoned by NaN, and compares
 //! with the float64 oracle in `bifocal-reference`. The yardstick: a kernel's error against the oracle is at most
 //! twice the error of the same oracle computed in `f32`, plus a floor of a few roundings.
+//!
+//! An operator from elsewhere implements [`Subject`], and [`check_operator`] runs what all operators satisfy on it.
 
 mod attention;
 mod backward;
@@ -11,10 +13,17 @@ mod case;
 mod compare;
 mod gradients;
 mod inputs;
+mod mixes;
+mod moments;
 mod packed;
 mod routing;
 mod straight_through;
+mod subject;
 mod tensor_cores;
+
+pub use bifocal_reference as reference;
+pub use num_traits::Float;
+pub use subject::{Subject, check_operator};
 
 use bifocal::cubecl::client::Client;
 use bifocal::{DeviceProfile, Result};
@@ -93,11 +102,12 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences; then the way back; last, the instructions that kernels are made of.
+/// sequences, QAdA and mixes; then the way back; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
+    let systems = [moments::PROPERTIES, mixes::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
-    forward.into_iter().chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
+    forward.into_iter().chain(systems).chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
 }
 
 /// The property of that name.

@@ -1,10 +1,10 @@
 //! Bad input gives a typed error that names what was expected and found: never a panic, never a wrong number.
 
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Element, Error, Full, Gradients, Inputs, L2a, LinearChoice,
-    LinearGate, MultiWindow, Partial, Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes, Routine,
-    Rows, Saved, Sequences, Tensor, Threshold, Window, Windowed, add_to_scores, choice_gradient,
-    cubecl::client::Client, gate_gradient,
+    Aha, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full, Gradients,
+    HostMoments, Inputs, L2a, LinearChoice, LinearGate, Logo, MomentGate, Moments, MultiWindow, Partial,
+    Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes, Routine, Rows, Saved, Sequences, Tensor,
+    Threshold, Window, Windowed, add_to_scores, choice_gradient, cubecl::client::Client, gate_gradient,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -409,4 +409,108 @@ fn tensors_of_another_device() {
     let partial = Partial::empty(&client, &problem, Element::F32);
     let error = Full.attend(&client, &problem, &inputs, Rows::All, &partial).expect_err("two devices");
     assert!(matches!(error, Error::DeviceMismatch { tensor: "key", .. }), "{error}");
+}
+
+/// What a moment gate says to attention over eight tokens of two heads, after what `change` has done to it.
+fn gate_error(change: impl FnOnce(&Client, &mut Problem, &mut MomentGate) -> Option<Moments>) -> Error {
+    let client = cpu();
+    let mut problem = Problem::new([1, 2, 8, 32], [1, 2, 8, 32], Element::F32).expect("a possible problem");
+    let mut gate = MomentGate::new(Window::new(2).expect("a window"), 0.5).expect("a share");
+    let given = change(&client, &mut problem, &mut gate);
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    gate.predict(&client, &problem, &inputs, given.as_ref()).expect_err("a gate that cannot decide")
+}
+
+#[test]
+fn gates_that_cannot_predict() {
+    let error = gate_error(|_, problem, _| {
+        *problem = problem.with_softcap(3.0).expect("a softcap");
+        None
+    });
+    assert!(matches!(error, Error::Option { option: "softcap", .. }), "{error}");
+
+    let moments = |client: &Client, kv_heads: usize, numbers: usize| {
+        let host = HostMoments {
+            keys: 3,
+            mean: vec![0.0; kv_heads * 32],
+            covariance: vec![0.0; kv_heads * 32 * numbers],
+        };
+        Moments::from_host(client, &host, [1, kv_heads, 32]).expect("possible moments")
+    };
+    let error = gate_error(|client, _, _| Some(moments(client, 1, 32)));
+    assert!(matches!(error, Error::Shape { tensor: "the mean key", .. }), "{error}");
+    let error = gate_error(|client, _, _| Some(moments(client, 2, 1)));
+    assert!(matches!(error, Error::Shape { tensor: "the scatter of keys", .. }), "{error}");
+
+    let client = cpu();
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let sequences = Sequences::from_host(&client, &[0, 8], &[0, 8]).expect("one sequence");
+    let inputs = Inputs::new(q.view(), q.view(), q.view()).with_sequences(&sequences);
+    let gate = MomentGate::new(Window::new(2).expect("a window"), 0.5).expect("a share");
+    let problem = inputs.problem().expect("a possible problem");
+    let error = gate.predict(&client, &problem, &inputs, None).expect_err("packed sequences");
+    assert!(matches!(error, Error::Option { option: "packed sequences", .. }), "{error}");
+    // Log-sum-exps of other rows than the problem's.
+    let predicted = Tensor::filled(&client, [1, 2, 1, 8], Element::F32, 0.0).expect("room for masses");
+    let lse = Tensor::filled(&client, [1, 2, 7], Element::F32, 0.0).expect("room for log-sum-exps");
+    let error = gate.decide(&client, &problem, lse.view(), predicted).expect_err("seven rows");
+    assert!(matches!(error, Error::Shape { tensor: "the near log-sum-exp", .. }), "{error}");
+}
+
+#[test]
+fn moments_of_nothing_and_of_no_numbers() {
+    let client = cpu();
+    let keys = tensor(&client, [1, 2, 8, 4]);
+    for range in [3..3, 0..9] {
+        let error =
+            Moments::of(&client, keys.view(), range, Covariance::Full).expect_err("an impossible range");
+        assert!(matches!(error, Error::Option { option: "the keys of moments", .. }), "{error}");
+    }
+    let host = |keys, mean: f32, variance: f32| HostMoments {
+        keys,
+        mean: vec![mean; 2],
+        covariance: vec![variance, 0.0, 0.0, 1.0],
+    };
+    let refused = |host| Moments::from_host(&client, &host, [1, 1, 2]).expect_err("impossible moments");
+    assert_eq!(refused(host(0, 0.0, 1.0)), Error::EmptyDimension { dimension: "keys of moments" });
+    assert!(matches!(refused(host(1, f32::NAN, 1.0)), Error::Option { option: "a moment of keys", .. }));
+    assert!(matches!(refused(host(1, 0.0, f32::INFINITY)), Error::Option { option: "a moment of keys", .. }));
+    assert!(matches!(refused(host(1, 0.0, -1.0)), Error::Option { option: "a variance of keys", .. }));
+    let short = HostMoments { covariance: vec![1.0; 3], ..host(1, 0.0, 1.0) };
+    assert!(matches!(refused(short), Error::Shape { tensor: "the covariance of keys", .. }));
+
+    let of = |covariance| Moments::of(&client, keys.view(), 0..8, covariance).expect("possible moments");
+    let error = of(Covariance::Full).merge(&client, &of(Covariance::Diagonal)).expect_err("two kinds");
+    assert!(matches!(error, Error::Shape { tensor: "the scatter of keys", .. }), "{error}");
+}
+
+#[test]
+fn a_singular_covariance_is_a_number() {
+    // One key, over and over: no variance at all, and its score is its mass.
+    let client = cpu();
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let gate = MomentGate::new(Window::new(2).expect("a window"), 0.5).expect("a share").with_sinks(0);
+    let predicted =
+        gate.predict(&client, &inputs.problem().expect("possible"), &inputs, None).expect("a mass");
+    let score = 32.0 * 0.25 / 32f32.sqrt();
+    for (at, mass) in predicted.to_f32(&client).expect("read").into_iter().enumerate() {
+        let bulk = (at % 8).saturating_sub(1) as f32;
+        let expected = if bulk == 0.0 { f32::NEG_INFINITY } else { bulk.ln() + score };
+        assert!(mass == expected || (mass - expected).abs() < 1e-5, "{mass}, expected {expected}");
+    }
+}
+
+#[test]
+fn a_soft_gate_without_scores() {
+    let client = cpu();
+    let q = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(q.view(), q.view(), q.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let hidden = Tensor::filled(&client, [1, 8, 4], Element::F32, 0.0).expect("room");
+    let decision = FixedRouter::new(vec![1], 2).and_then(|router| router.route(&client, hidden.view()));
+    let logo = Logo::new(Window::new(2).expect("a window"));
+    let error = logo.attend(&client, &problem, &inputs, &decision.expect("routes")).expect_err("no scores");
+    assert!(matches!(error, Error::Option { option: "scores", .. }), "{error}");
 }

@@ -80,6 +80,15 @@ on_every_device! {
     packed_sequences_equal_one_by_one
     packed_sequences_never_mix
     routed_packed_sequences_equal_the_oracle
+    moments_equal_the_oracle
+    moments_merge_in_any_order
+    predicted_masses_equal_the_oracle
+    normal_keys_are_predicted_to_a_thousandth
+    a_nan_key_is_never_routed
+    qada_equals_the_oracle
+    tau_goes_from_near_to_full
+    soft_gates_equal_the_oracle
+    static_heads_equal_the_oracle
     products_of_rows_are_plain_sums
     gradients_equal_the_oracle
     a_nan_reaches_no_other_gradient

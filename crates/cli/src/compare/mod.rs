@@ -28,8 +28,8 @@ pub(crate) struct Options {
 
 /// The cases of other libraries, and which of ours they stand beside.
 const PEERS: [(&str, &[&str]); 12] = [
-    ("sdpa_cudnn", &["full", "aha", WITH_ROUTER, "l2a"]),
-    ("sdpa_flash", &["full", "aha", WITH_ROUTER, "l2a"]),
+    ("sdpa_cudnn", &["full", "aha", WITH_ROUTER, "l2a", "moments", "qada"]),
+    ("sdpa_flash", &["full", "aha", WITH_ROUTER, "l2a", "moments", "qada"]),
     ("sdpa_cudnn-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
     ("sdpa_flash-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
     ("flex_full", &["full"]),

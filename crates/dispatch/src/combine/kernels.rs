@@ -2,39 +2,6 @@
 
 use cubecl::prelude::*;
 
-#[cube(launch_unchecked)]
-pub(super) fn merge_kernel<A: Float, O: Float>(
-    from_out: &[A],
-    from_lse: &[f32],
-    out: &mut [O],
-    lse: &mut [f32],
-    rows: u32,
-    dim: u32,
-    neg_inf: f32,
-    #[define(A, O)] _elements: [ElemType; 2],
-) {
-    if ABSOLUTE_POS >= rows as usize {
-        terminate!();
-    }
-    let a = from_lse[ABSOLUTE_POS];
-    let b = lse[ABSOLUTE_POS];
-    let top = max(a, b);
-    let offset = select(top == neg_inf, 0.0f32, top);
-    let a_weight = (a - offset).exp();
-    let b_weight = (b - offset).exp();
-    let sum = a_weight + b_weight;
-    let empty = sum == 0.0f32;
-    let norm = select(empty, 0.0f32, 1.0f32 / sum);
-    lse[ABSOLUTE_POS] = select(empty, neg_inf, offset + select(empty, 1.0f32, sum).ln());
-    for d in 0..dim as usize {
-        let at = ABSOLUTE_POS * dim as usize + d;
-        // A side without weight contributes nothing, whatever its output holds.
-        let x = select(a == neg_inf, 0.0f32, f32::cast_from(from_out[at]) * a_weight);
-        let y = select(b == neg_inf, 0.0f32, f32::cast_from(out[at]) * b_weight);
-        out[at] = O::cast_from((x + y) * norm);
-    }
-}
-
 /// How rows of outputs map to rows of routes.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
@@ -59,23 +26,86 @@ fn route_of(routes: &[u32], row: u32, rows: &Rows) -> u32 {
     (word >> ((token % 4u32) * 8u32)) & 255u32
 }
 
+/// Every row, or with `routed` those whose route is `reach`.
+#[cube(launch_unchecked)]
+pub(super) fn merge_kernel<A: Float, O: Float>(
+    routes: &[u32],
+    from_out: &[A],
+    from_lse: &[f32],
+    out: &mut [O],
+    lse: &mut [f32],
+    rows: Rows,
+    reaches: u32,
+    reach: u32,
+    neg_inf: f32,
+    nan: f32,
+    #[comptime] routed: bool,
+    #[define(A, O)] _elements: [ElemType; 2],
+) {
+    if ABSOLUTE_POS >= rows.rows as usize {
+        terminate!();
+    }
+    let mut taken = true;
+    let mut invalid = false;
+    if comptime![routed] {
+        let route = route_of(routes, ABSOLUTE_POS as u32, &rows);
+        invalid = route >= reaches;
+        taken = route == reach || invalid;
+    }
+    if taken {
+        let a = from_lse[ABSOLUTE_POS];
+        let b = lse[ABSOLUTE_POS];
+        let top = max(a, b);
+        let offset = select(top == neg_inf, 0.0f32, top);
+        let a_weight = (a - offset).exp();
+        let b_weight = (b - offset).exp();
+        let sum = a_weight + b_weight;
+        let empty = sum == 0.0f32;
+        let norm = select(empty, 0.0f32, 1.0f32 / sum);
+        let merged = select(empty, neg_inf, offset + select(empty, 1.0f32, sum).ln());
+        lse[ABSOLUTE_POS] = select(invalid, nan, merged);
+        for d in 0..rows.dim as usize {
+            let at = ABSOLUTE_POS * rows.dim as usize + d;
+            // A side without weight contributes nothing, whatever its output holds.
+            let x = select(a == neg_inf, 0.0f32, f32::cast_from(from_out[at]) * a_weight);
+            let y = select(b == neg_inf, 0.0f32, f32::cast_from(out[at]) * b_weight);
+            out[at] = O::cast_from(select(invalid, nan, (x + y) * norm));
+        }
+    }
+}
+
+/// Every row, or with `routed` those whose route is `reach`.
 #[cube(launch_unchecked)]
 pub(super) fn mix_kernel<A: Float, O: Float>(
+    routes: &[u32],
     weights: &[f32],
     far: &[A],
     out: &mut [O],
     rows: Rows,
+    reaches: u32,
+    reach: u32,
+    nan: f32,
+    #[comptime] routed: bool,
     #[define(A, O)] _elements: [ElemType; 2],
 ) {
     if ABSOLUTE_POS >= rows.rows as usize {
         terminate!();
     }
     let row = ABSOLUTE_POS as u32;
-    let weight = weights[(router_row(row, &rows) * rows.tokens + row % rows.tokens) as usize];
-    for d in 0..rows.dim as usize {
-        let at = ABSOLUTE_POS * rows.dim as usize + d;
-        let x = f32::cast_from(out[at]);
-        out[at] = O::cast_from((1.0f32 - weight) * x + weight * f32::cast_from(far[at]));
+    let mut taken = true;
+    let mut invalid = false;
+    if comptime![routed] {
+        let route = route_of(routes, row, &rows);
+        invalid = route >= reaches;
+        taken = route == reach || invalid;
+    }
+    if taken {
+        let weight = weights[(router_row(row, &rows) * rows.tokens + row % rows.tokens) as usize];
+        for d in 0..rows.dim as usize {
+            let at = ABSOLUTE_POS * rows.dim as usize + d;
+            let mixed = (1.0f32 - weight) * f32::cast_from(out[at]) + weight * f32::cast_from(far[at]);
+            out[at] = O::cast_from(select(invalid, nan, mixed));
+        }
     }
 }
 

@@ -2,7 +2,8 @@ use bifocal::{RandomRouter, Window};
 use bifocal_burn::{
     AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
     CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
-    MultiWindowAttentionConfig, Projections, RopeConfig, Routing, aha_attention,
+    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RopeConfig, Routing,
+    aha_attention,
 };
 use burn::{
     module::Module,
@@ -10,6 +11,7 @@ use burn::{
     tensor::{DType, Device, Int, Tensor, TensorData},
 };
 
+use super::custom::{CustomLayer, registered};
 use crate::{AttentionKind, Error, ModelConfig, Result};
 
 /// A layer's attention.
@@ -25,11 +27,29 @@ pub enum Attention {
     MultiWindow(MultiWindowAttention),
     /// A window, then full for some. Norms and residuals are inside.
     L2a(L2aAttention),
+    /// A window, and all else for some, by the moments of keys.
+    Qada(QadaAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
+    /// From outside this crate.
+    Custom(CustomLayer),
 }
 
 impl Attention {
+    /// The projections and positions that queries, keys and values of all its branches share; L2A, whose sub-layers each have
+    /// their own, has none.
+    pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
+        Some(match self {
+            Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
+            Self::Aha(aha) => (&aha.projections, aha.rope.as_ref()),
+            Self::MultiWindow(multi) => (&multi.projections, multi.rope.as_ref()),
+            Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
+            Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
+            Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
+            Self::L2a(_) => return None,
+        })
+    }
+
     pub(super) fn new(kind: &AttentionKind, model: &ModelConfig, device: &Device) -> Result<Self> {
         let &ModelConfig { d_model, heads, kv_heads, context, rope_theta, router_bias, .. } = model;
         let kv_heads = Some(kv_heads);
@@ -58,6 +78,16 @@ impl Attention {
             AttentionKind::L2a { window } => {
                 let config = L2aAttentionConfig::new(d_model, heads, *window);
                 Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::Qada { window, tau, sinks } => {
+                let config =
+                    QadaAttentionConfig::new(d_model, heads, *window, *tau as f32).with_sinks(*sinks);
+                Self::Qada(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::Custom { name } => {
+                let attention = registered(name)?;
+                let CausalAttention { projections, rope, .. } = causal(None)?;
+                Self::Custom(CustomLayer { projections, rope, attention })
             }
             AttentionKind::RandomGate { window, far_share } => {
                 // Checks the share.

@@ -1,11 +1,13 @@
 //! The decoder: embeddings, layers of attention and gated feed-forward, and the embeddings again as output.
 
 mod attention;
+mod custom;
 mod path;
 mod start;
 
 pub(crate) use attention::far;
 pub use attention::{Attention, RandomGate};
+pub use custom::{CustomAttention, CustomLayer, register};
 pub(crate) use path::Path;
 
 use bifocal_burn::{Routing, Training};
@@ -154,6 +156,8 @@ impl Layer {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
+            Attention::Qada(qada) => split(qada.forward(normed)?),
+            Attention::Custom(custom) => custom.forward(normed)?,
             Attention::RandomGate(gate) => split(gate.forward(normed, draw(Purpose::Gates).bits() as u32)?),
             // Residuals are inside.
             Attention::L2a(l2a) => {

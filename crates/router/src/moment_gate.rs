@@ -1,0 +1,284 @@
+use bifocal_core::{
+    DeviceProfile, Element, Error, Problem, Refusal, Refusals, Result, Routine, Window,
+    device::{
+        Decision, Inputs, RouteGeometry, Tensor, TensorView,
+        launch::{elements, grid, words},
+    },
+};
+use cubecl::client::Client;
+
+mod kernels;
+
+use self::kernels::{Blueprint, NumbersLaunch, decide_kernel, predict_kernel};
+use crate::{
+    launch::{outputs, over_quads, strides},
+    moments::{Covariance, Moments, Prefix},
+};
+
+/// The gate of query-adaptive attention (QAdA, arXiv 2502.09647): a router without weights. A row looks far when the keys
+/// outside its local set, the bulk, would hold too much of its softmax, which their moments predict.
+///
+/// ```text
+/// ln A_bulk ~= ln N + scale q . mu + scale^2 / 2 q^T Sigma q          N keys, mean mu, covariance Sigma
+/// near iff A_local / (A_local + A_bulk) >= tau,  that is  ln A_bulk - lse_local <= ln(1 / tau - 1)
+/// ```
+///
+/// The local set is a window and the first `sinks` tokens (the paper's 16 unless set); its log-sum-exp is the near
+/// branch's. The prediction is the mean of a log-normal, exact where scores are normal; its error grows with their
+/// deviation, mostly upwards, which errs towards looking far.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct MomentGate {
+    window: Window,
+    sinks: u32,
+    tau: f32,
+    covariance: Covariance,
+    chunk: Option<usize>,
+}
+
+impl MomentGate {
+    /// A gate that keeps a row near iff its local set is predicted to hold at least `tau` of the softmax, by the full
+    /// covariance, beside 16 sink tokens.
+    ///
+    /// # Errors
+    /// [`Error::Option`] unless tau is above 0 and at most 1. With 1 every row with a bulk looks far.
+    pub fn new(window: Window, tau: f32) -> Result<Self> {
+        if !(tau > 0.0 && tau <= 1.0) {
+            return Err(Error::option("tau", tau, "a share above 0 and at most 1"));
+        }
+        Ok(Self { window, sinks: 16, tau, covariance: Covariance::Full, chunk: None })
+    }
+
+    /// Sets how many tokens at the start of the sequence are local to every row.
+    pub const fn with_sinks(self, sinks: u32) -> Self {
+        Self { sinks, ..self }
+    }
+
+    /// Sets how much of the covariance is looked at.
+    pub const fn with_covariance(self, covariance: Covariance) -> Self {
+        Self { covariance, ..self }
+    }
+
+    /// Sets how many keys there are between two sums of moments that are stored. It trades memory (D x D numbers per
+    /// kv head and chunk) for time (half a chunk's scores per row) and changes no result by more than rounding; unless set,
+    /// there are at most 256 chunks of at least 64 keys.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for 0.
+    pub fn with_chunk(self, keys: usize) -> Result<Self> {
+        match keys {
+            0 => Err(Error::option("keys per chunk of moments", keys, "at least 1")),
+            keys => Ok(Self { chunk: Some(keys), ..self }),
+        }
+    }
+
+    /// The window.
+    pub const fn window(&self) -> Window {
+        self.window
+    }
+
+    /// Tokens at the start of the sequence that are local to every row.
+    pub const fn sinks(&self) -> u32 {
+        self.sinks
+    }
+
+    /// How much of the covariance is looked at.
+    pub const fn covariance(&self) -> Covariance {
+        self.covariance
+    }
+
+    /// The predicted logarithm of each bulk's mass, `f32 [B, H, 1, Tq]`; -inf where the bulk has no key. Nothing is read back
+    /// to the host.
+    ///
+    /// Moments are those of the very keys in the bulk of each row, and so are causal; or, where they are `given`, of
+    /// whatever keys they were taken from (a calibration, a cache that keeps them up to date), for all rows alike.
+    ///
+    /// # Errors
+    /// [`Error::Option`] with a softcap, under which scores are not normal, and with packed sequences; [`Error::Shape`] when
+    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
+    /// dims that the portable routine does not take; [`Error::TooLarge`]; as [`Inputs::check`].
+    pub fn predict(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        inputs: &Inputs<'_>,
+        given: Option<&Moments>,
+    ) -> Result<Tensor<4>> {
+        inputs.check(client, problem)?;
+        let profile = DeviceProfile::of(client);
+        supports(problem, inputs, &profile)?;
+        let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, .. } = *problem;
+        // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
+        let sinks = (self.sinks as usize).min(key_len);
+        let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;
+        let largest = (bulk + query_len as i64 - 1).max(0) as usize;
+        let chunk = self.chunk.unwrap_or(largest.div_ceil(256).next_power_of_two().max(64)).min(key_len);
+        let own;
+        let (means, scatters, slots, given_lists, given_keys) = match given {
+            Some(moments) => {
+                self.check_given(client, problem, moments)?;
+                let [of_batch, ..] = moments.mean.shape();
+                let means = (moments.mean.handle(), moments.scatter.handle());
+                (means.0, means.1, 1, of_batch * kv_heads, moments.keys() as f32)
+            }
+            None => {
+                let first = sinks.min(key_len - 1);
+                let range = first..first + largest / chunk * chunk;
+                own = Prefix::new(client, inputs.key, range, chunk, self.covariance)?;
+                (own.means.handle(), own.scatters.handle(), own.slots, batch * kv_heads, 1.0)
+            }
+        };
+        let predicted = Tensor::empty(client, [batch, heads, 1, query_len], Element::F32);
+        let blueprint = blueprint(problem, &profile, self.covariance, given.is_none());
+        let tiles = batch * kv_heads * problem.packed_rows().div_ceil(blueprint.lanes);
+        let (cubes, units) = grid(client, tiles);
+        let numbers = NumbersLaunch::new(
+            (batch * kv_heads) as u32,
+            kv_heads as u32,
+            problem.group() as u32,
+            query_len as u32,
+            head_dim as u32,
+            bulk.max(-(1 << 30)) as i32,
+            sinks as u32,
+            chunk as u32,
+            slots as u32,
+            given_lists as u32,
+            given_keys,
+            problem.scale,
+            f32::NEG_INFINITY,
+        );
+        // SAFETY: inputs and moments were checked against the problem; each unit checks its rows.
+        unsafe {
+            predict_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                elements(inputs.query),
+                elements(inputs.key),
+                words(means),
+                words(scatters),
+                elements(predicted.view()),
+                strides(inputs.query),
+                strides(inputs.key),
+                numbers,
+                blueprint,
+                problem.element.into(),
+                blueprint.lanes,
+            );
+        }
+        Ok(predicted)
+    }
+
+    /// Routes `[B, H, Tq]` of two reaches from the log-sum-exp of the near branch, `[B, H, Tq]`, and the predicted mass
+    /// of the bulk, which become the decision's scores. A NaN in either gives an invalid route; a row without a bulk stays
+    /// near. Nothing is read back to the host.
+    ///
+    /// # Errors
+    /// As [`TensorView::check`]; [`Error::NotContiguous`]; [`Error::Refused`] when the device cannot count routes.
+    pub fn decide(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        near: TensorView<'_, 3>,
+        predicted: Tensor<4>,
+    ) -> Result<Decision> {
+        let Problem { batch, heads, query_len, .. } = *problem;
+        near.check("the near log-sum-exp", client, problem.lse_shape(), Element::F32)?;
+        near.check_contiguous("the near log-sum-exp")?;
+        let mass = predicted.view();
+        mass.check("the predicted mass", client, [batch, heads, 1, query_len], Element::F32)?;
+        mass.check_contiguous("the predicted mass")?;
+        let geometry = RouteGeometry::new(batch, heads, query_len, 2)?;
+        let (cubes, units) = over_quads(client, "moment gate", geometry)?;
+        let (routes, counts) = outputs(client, geometry)?;
+        // Of a tau of 1 it is -inf: any mass at all is too much.
+        let cut = (1.0 / f64::from(self.tau) - 1.0).ln() as f32;
+        // SAFETY: both tensors were checked; each unit checks its number against the quads there are.
+        unsafe {
+            decide_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                elements(mass),
+                elements(near),
+                words(routes.handle()),
+                words(&counts),
+                (batch * heads) as u32,
+                query_len as u32,
+                cut,
+            );
+        }
+        Ok(Decision { scores: Some(predicted), routes, counts })
+    }
+
+    fn check_given(&self, client: &Client, problem: &Problem, moments: &Moments) -> Result<()> {
+        let Problem { batch, kv_heads, head_dim, .. } = *problem;
+        let [of_batch, ..] = moments.mean.shape();
+        let of_batch = if of_batch == 1 { 1 } else { batch };
+        let rows = self.covariance.rows(head_dim);
+        let (mean, scatter) = (moments.mean.view(), moments.scatter.view());
+        mean.check("the mean key", client, [of_batch, kv_heads, head_dim], Element::F32)?;
+        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)
+    }
+}
+
+fn supports(problem: &Problem, inputs: &Inputs<'_>, profile: &DeviceProfile) -> Result<()> {
+    if let Some(cap) = problem.softcap {
+        return Err(Error::option("softcap", cap, "none: scores under a softcap are not normal"));
+    }
+    if inputs.sequences.is_some() {
+        let expected = "none: moments are those of a batch entry's keys";
+        return Err(Error::option("packed sequences", "given", expected));
+    }
+    let refuse = |refusal| {
+        let refusals = Refusals(vec![(Routine::Portable, refusal)]);
+        Err(Error::Refused { operator: "moment gate", refusals })
+    };
+    if !profile.elements.contains(&problem.element) {
+        return refuse(Refusal::Element { element: problem.element, device: profile.elements.clone() });
+    }
+    // Queries of a tile live in a unit's private memory.
+    if !(1..=512).contains(&problem.head_dim) {
+        return refuse(Refusal::HeadDim { head_dim: problem.head_dim, supported: "1 to 512" });
+    }
+    Ok(())
+}
+
+/// The one place where tile sizes are decided. On a CPU a row is a lane of the widest vector register; on a GPU, where
+/// every unit already is a lane, four rows share each number of a scatter that is loaded.
+fn blueprint(
+    problem: &Problem,
+    profile: &DeviceProfile,
+    covariance: Covariance,
+    streaming: bool,
+) -> Blueprint {
+    let head_dim = problem.head_dim;
+    Blueprint {
+        covariance,
+        streaming,
+        head_dim,
+        lanes: match profile.cpu_cores {
+            Some(_) => (profile.vector_bits / 32).clamp(4, 16) as usize,
+            None => 4,
+        },
+        block: (1 << head_dim.trailing_zeros()).min(8),
+        staged: profile.cpu_cores.is_some() || profile.cuda_arch.is_some(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tau_that_is_no_share_is_refused() {
+        let window = Window::new(8).unwrap();
+        for tau in [0.0, -0.5, 1.000_001, f32::NAN, f32::INFINITY] {
+            assert!(
+                matches!(MomentGate::new(window, tau), Err(Error::Option { option: "tau", .. })),
+                "{tau}"
+            );
+        }
+        let gate = MomentGate::new(window, 1.0).unwrap();
+        assert!(matches!(gate.with_chunk(0), Err(Error::Option { .. })));
+    }
+}
