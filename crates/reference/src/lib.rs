@@ -7,7 +7,8 @@
 //! One file per topic, along the data's way: [`linear`] and [`SigmoidGate`] or [`softmax_choice`] turn hidden
 //! states into routes, [`lists`] turns routes into a dispatch plan, [`attention`] computes what each reach
 //! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
-//! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together. The way back: [`attention_backward`] for queries, keys
+//! [`MultiWindowLayer`], [`L2aLayer`], [`RattentionLayer`]) put the parts together; RATTENTION's own are
+//! [`linear_attention`] and [`norm_sum`]. The way back: [`attention_backward`] for queries, keys
 //! and values, [`gate_backward`] or [`choice_backward`] and then [`linear_backward`] for routers, and the penalties on
 //! scores with their gradients.
 //!
@@ -36,7 +37,9 @@ mod attention;
 mod backward;
 mod combine;
 mod layers;
+mod linear_attention;
 mod norm;
+mod norm_sum;
 mod penalty;
 mod plan;
 mod ragged;
@@ -51,8 +54,15 @@ pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
 pub use backward::{Gradients, attention_backward, attention_backward_where};
 pub use combine::{mask, merge, mix, select};
-pub use layers::{AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm};
+pub use layers::{
+    AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm, RattentionLayer,
+};
+pub use linear_attention::{
+    LinearAttentionGradients, LinearOptions, LinearOutput, features, features_backward, linear_attention,
+    linear_attention_backward,
+};
 pub use norm::{rms_norm, rms_norm_backward};
+pub use norm_sum::{norm_sum, norm_sum_backward};
 pub use penalty::{cost_penalty, mean_penalty, penalty_ramp, squared_penalty};
 pub use plan::{INVALID_ROW, Plan, lists};
 pub use ragged::{ragged_attention_backward_where, ragged_attention_where};
