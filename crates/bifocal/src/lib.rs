@@ -13,6 +13,7 @@
 //! | [`Aha`] | [`LinearGate::aha`], token x head | [`Windowed`], [`Full`] | each row is exactly one branch |
 //! | [`MultiWindow`] | [`LinearChoice`], token x head | several [`Windowed`], [`Full`] | likewise |
 //! | [`L2a`] | [`LinearGate::l2a`], token | [`Windowed`]; then [`Full`] on its own projections | in series |
+//! | [`Rattention`] | none | [`Windowed`]; [`LinearAttention`] beyond it | sum of two norms |
 //!
 //! ```
 //! use bifocal::{Aha, Element, FixedRouter, Inputs, Router, Tensor, Window};
@@ -33,6 +34,7 @@ mod aha;
 mod cache;
 mod l2a;
 mod multi_window;
+mod rattention;
 mod select;
 mod straight_through;
 
@@ -40,11 +42,12 @@ pub use aha::Aha;
 pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use multi_window::MultiWindow;
+pub use rattention::{Rattention, RattentionGradients, RattentionInputs, RattentionOutput, RattentionStep};
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
 pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
 
 pub use bifocal_core::{
-    DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
+    DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
         AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
         Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
@@ -52,6 +55,9 @@ pub use bifocal_core::{
 };
 pub use bifocal_dispatch::{HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, mix, select};
 pub use bifocal_full::{Far, Full, NonCausal};
+pub use bifocal_linear::{
+    LeavingKey, LinearAttention, LinearInputs, NormSum, NormSumGradients, State, norm_sum, norm_sum_backward,
+};
 pub use bifocal_router::{FixedRouter, LinearChoice, LinearGate, RandomRouter, Threshold};
 pub use bifocal_windowed::Windowed;
 

@@ -5,7 +5,8 @@
 //! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
 //! [`multi_window_attention`] and [`global_attention`].
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
-//! [`L2aAttention`]; [`CausalAttention`] has no router.
+//! [`L2aAttention`]; [`RattentionAttention`], out of [`linear_attention`] and [`norm_sum`], and [`CausalAttention`] have no
+//! router.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -66,6 +67,7 @@ pub mod composed;
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 mod cube;
 mod flex;
+mod linear;
 mod modules;
 mod options;
 mod penalty;
@@ -77,12 +79,14 @@ mod system;
 pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, windowed_attention,
 };
+pub use linear::{linear_attention, linear_attention_with, norm_sum};
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
-    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, RopeConfig,
+    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, RattentionAttention,
+    RattentionAttentionConfig, RopeConfig,
 };
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
 pub use routing::{Routing, linear_choice, linear_gate};
 
-pub use bifocal::{Error, Result, Threshold, Window};
+pub use bifocal::{Error, FeatureMap, Result, Threshold, Window};

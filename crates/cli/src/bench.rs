@@ -4,8 +4,9 @@ use std::{path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Full, Gradients, Inputs, L2a, LinearGate, Partial, Problem,
-    RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
+    Aha, AttentionOperator, DeviceProfile, Element, Full, Gradients, Inputs, L2a, LinearGate, LinearInputs,
+    Partial, Problem, RandomRouter, Rattention, RattentionInputs, Reach, Router, Rows, Saved, Tensor, Window,
+    Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
 use cubecl::client::Client;
@@ -45,7 +46,7 @@ pub(crate) struct Options {
     /// How the routes of AHA and L2A are drawn.
     #[arg(long, default_value = "random")]
     gates: Gates,
-    /// Cases to time; all unless given.
+    /// Cases to time; all that the routine asked for can run unless given.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
     /// Time attention's forward and backward pass together; routers learn nothing from it.
@@ -83,20 +84,30 @@ enum CaseName {
     Aha,
     /// L2A's global branch by token-wise routes, its plan included.
     L2a,
+    /// RATTENTION: the window, linear attention beyond it, and the sum of their norms.
+    Rattention,
 }
 
-const CASES: [CaseName; 6] =
-    [CaseName::Windowed, CaseName::Full, CaseName::Router, CaseName::Plan, CaseName::Aha, CaseName::L2a];
+const CASES: [CaseName; 7] = [
+    CaseName::Windowed,
+    CaseName::Full,
+    CaseName::Router,
+    CaseName::Plan,
+    CaseName::Aha,
+    CaseName::L2a,
+    CaseName::Rattention,
+];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let client = bifocal::open(options.device.as_str())?;
     let shape = &options.shape;
-    let cases: &[CaseName] = if options.cases.is_empty() { &CASES } else { &options.cases };
+    let cases =
+        if options.cases.is_empty() { default_cases(options, &client)? } else { options.cases.clone() };
     let bar = output::progress(shape.lengths.len() * cases.len());
     let mut timings = Vec::new();
     for &length in &shape.lengths {
         let bench = Bench::new(&client, options, length)?;
-        for &case in cases {
+        for &case in &cases {
             let message = format!("{} at {length}", bench.name(case));
             bar.set_message(message.clone());
             timings.push(bench.time(case).context(message)?);
@@ -131,6 +142,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// All cases, but for RATTENTION where a routine is asked for that linear attention has no kernel of.
+fn default_cases(options: &Options, client: &Client) -> Result<Vec<CaseName>> {
+    let far = Rattention::new(Window::new(options.window)?).far();
+    let problem = options.shape.problem(options.shape.lengths.first().copied().unwrap_or(1))?;
+    let runs = far.choose(&problem, &DeviceProfile::of(client)).is_ok();
+    Ok(CASES.into_iter().filter(|&case| case != CaseName::Rattention || runs).collect())
+}
+
 impl Gates {
     fn name(self) -> &'static str {
         match self {
@@ -160,6 +179,7 @@ impl CaseName {
             CaseName::Plan => "plan",
             CaseName::Aha => "aha",
             CaseName::L2a => "l2a",
+            CaseName::Rattention => "rattention",
         }
     }
 
@@ -190,6 +210,8 @@ struct Bench<'a> {
     by_token: RandomRouter,
     sets: Vec<Set>,
     partial: Partial,
+    /// The scale of RATTENTION's norms.
+    scale: Tensor<2>,
 }
 
 impl<'a> Bench<'a> {
@@ -235,6 +257,7 @@ impl<'a> Bench<'a> {
             by_token: options.gates.router(1, options.far_tokens, 2)?,
             sets,
             partial: Partial::empty(client, &problem, element),
+            scale: Tensor::filled(client, [shape.heads, problem.value_dim], Element::F32, 1.0)?,
         })
     }
 
@@ -275,6 +298,21 @@ impl<'a> Bench<'a> {
                         Full.backward(client, problem, &inputs, rows, saved, gradients).map(|_| ())
                     })
                 }
+                CaseName::Rattention => {
+                    let inputs = RattentionInputs {
+                        near: inputs,
+                        far: LinearInputs::new(set.query.view(), set.key.view(), set.value.view()),
+                        near_scale: self.scale.view(),
+                        far_scale: self.scale.view(),
+                    };
+                    let rattention = Rattention::new(self.window);
+                    let forward = rattention.attend(client, problem, &inputs, &partial.out)?;
+                    if self.options.backward {
+                        let d_out = set.d_out.view();
+                        rattention.backward(client, problem, &inputs, &forward, d_out, None)?;
+                    }
+                    Ok(())
+                }
             }
         };
         let first_call = wall(client, || call(&self.sets[0]))?;
@@ -295,7 +333,7 @@ impl<'a> Bench<'a> {
         Ok(Timing {
             case: self.name(case),
             length: self.problem.query_len,
-            routine: Some(self.routine.clone()),
+            routine: Some(self.routine(case)?),
             first_call_ms: first_call.as_secs_f64() * 1e3,
             median_ms: median.as_secs_f64() * 1e3,
             fastest_ms: times[0].as_secs_f64() * 1e3,
@@ -310,6 +348,18 @@ impl<'a> Bench<'a> {
     fn name(&self, case: CaseName) -> String {
         let backward = if self.options.backward && case.attends() { "-backward" } else { "" };
         format!("{}{backward}", case.name())
+    }
+
+    /// What attention is computed by, forward and, if that is timed, backward.
+    fn routine(&self, case: CaseName) -> Result<String> {
+        match case {
+            CaseName::Rattention => {
+                let far = Rattention::new(self.window).far();
+                let far = far.choose(&self.problem, &DeviceProfile::of(self.client))?;
+                Ok(format!("{} + {far}", self.routine))
+            }
+            _ => Ok(self.routine.clone()),
+        }
     }
 
     /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the
@@ -357,7 +407,7 @@ impl<'a> Bench<'a> {
         };
         let pairs = match case {
             CaseName::Router | CaseName::Plan => return None,
-            CaseName::Windowed => sum(&|_, token| pairs(near, token as usize)),
+            CaseName::Windowed | CaseName::Rattention => sum(&|_, token| pairs(near, token as usize)),
             CaseName::Full => sum(&|_, token| pairs(Reach::All, token as usize)),
             CaseName::Aha => sum(&|row, token| {
                 let far = self.by_head.route_of(row, token) == 1;
@@ -369,7 +419,25 @@ impl<'a> Bench<'a> {
             }),
         };
         let flop = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64 * pairs;
-        Some(if self.options.backward { 3.5 * flop } else { flop })
+        let flop = if self.options.backward { 3.5 * flop } else { flop };
+        Some(if case == CaseName::Rattention { flop + self.linear_flop() } else { flop })
+    }
+
+    /// A multiplication and an addition for every number of the state, for each key that leaves the window, and for each row
+    /// that meets one. Going back there are five more: the states once again, their gradients and those of queries by row,
+    /// and those of keys and values by key. Feature maps and norms are not counted.
+    fn linear_flop(&self) -> f64 {
+        let Problem { batch, heads, kv_heads, query_len, key_len, value_dim, .. } = self.problem;
+        let far = Rattention::new(self.window).far();
+        let state = far.state_shape(&self.problem)[2] * value_dim;
+        let meets = |token: &usize| far.reach().visible(self.problem.position(*token), key_len) > 0;
+        let rows = batch * heads * (0..query_len).filter(meets).count();
+        let keys = batch * kv_heads * key_len.saturating_sub(self.window.keys() as usize);
+        let pairs = match self.options.backward {
+            false => rows + keys,
+            true => rows + keys + (keys + 2 * rows + 2 * keys),
+        };
+        2.0 * state as f64 * pairs as f64
     }
 
     /// The share of routes that came out far, where a case has routes.
@@ -377,7 +445,7 @@ impl<'a> Bench<'a> {
         let (router, heads) = match case {
             CaseName::Plan | CaseName::Aha => (&self.by_head, self.problem.heads),
             CaseName::L2a => (&self.by_token, 1),
-            CaseName::Windowed | CaseName::Full | CaseName::Router => return None,
+            CaseName::Windowed | CaseName::Full | CaseName::Router | CaseName::Rattention => return None,
         };
         let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
         let far = (0..rows)
@@ -413,6 +481,8 @@ impl<'a> Bench<'a> {
             CaseName::Plan => routes(heads) + routes(heads) * size_of::<u32>(),
             CaseName::Aha => attention + routes(heads),
             CaseName::L2a => attention + routes(1),
+            // Both branches read the same queries and keys here, as without rotary positions.
+            CaseName::Rattention => attention,
         }
     }
 }

@@ -31,6 +31,11 @@ pub enum AttentionKind {
         /// Keys that a query sees in the local sub-layer.
         window: usize,
     },
+    /// RATTENTION (arXiv 2506.15545): a window, and linear attention to what has left it.
+    Rattention {
+        /// Keys that a query sees near: the paper's w and one more.
+        window: usize,
+    },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
     RandomGate {
         /// Keys that a query sees near.
@@ -49,6 +54,7 @@ impl AttentionKind {
             Self::Aha { .. } => "aha",
             Self::MultiWindow { .. } => "multi-window",
             Self::L2a { .. } => "l2a",
+            Self::Rattention { .. } => "rattention",
             Self::RandomGate { .. } => "random-gate",
         }
     }
@@ -60,6 +66,7 @@ impl AttentionKind {
             Self::Window { window }
             | Self::Aha { window }
             | Self::L2a { window }
+            | Self::Rattention { window }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
@@ -370,11 +377,13 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
+        config.model.layers = 5;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
             AttentionKind::RandomGate { window: 8, far_share: 0.1 },
             AttentionKind::L2a { window: 32 },
+            AttentionKind::Rattention { window: 33 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

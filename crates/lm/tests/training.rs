@@ -125,10 +125,14 @@ fn as_read(lines: &[Line]) -> Vec<Line> {
 #[case::aha(aha())]
 #[case::multi_window(AttentionKind::MultiWindow { windows: vec![2, 6] })]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
+#[case::rattention(AttentionKind::Rattention { window: 4 })]
 #[case::random_gate(AttentionKind::RandomGate { window: 4, far_share: 0.3 })]
 fn a_resumed_run_is_the_uninterrupted_one(#[case] kind: AttentionKind) {
     let setting = Setting::new();
-    let routed = !matches!(kind, AttentionKind::Full | AttentionKind::Window { .. });
+    let routed = !matches!(
+        kind,
+        AttentionKind::Full | AttentionKind::Window { .. } | AttentionKind::Rattention { .. }
+    );
     let mut config = config(kind);
     if routed && matches!(config.model.attention[0], AttentionKind::Aha { .. } | AttentionKind::L2a { .. }) {
         config.budget = Some(Budget { target: 0.4, step: 0.01 });
@@ -183,6 +187,7 @@ fn a_resumed_run_is_the_uninterrupted_one(#[case] kind: AttentionKind) {
 #[case::full(AttentionKind::Full)]
 #[case::aha(aha())]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
+#[case::rattention(AttentionKind::Rattention { window: 4 })]
 fn loss_goes_down(#[case] kind: AttentionKind) {
     let setting = Setting::new();
     let mut config = config(kind);

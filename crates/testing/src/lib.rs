@@ -11,6 +11,7 @@ mod case;
 mod compare;
 mod gradients;
 mod inputs;
+mod linear;
 mod packed;
 mod routing;
 mod straight_through;
@@ -93,11 +94,12 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences; then the way back; last, the instructions that kernels are made of.
+/// sequences; then the way back; then linear attention; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
-    forward.into_iter().chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
+    let last = [linear::PROPERTIES, tensor_cores::PROPERTIES];
+    forward.into_iter().chain(backward).chain(last).flatten()
 }
 
 /// The property of that name.

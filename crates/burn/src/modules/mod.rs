@@ -5,12 +5,14 @@ mod causal;
 mod l2a;
 mod multi_window;
 mod parts;
+mod rattention;
 
 pub use aha::{AhaAttention, AhaAttentionConfig};
 pub use causal::{CausalAttention, CausalAttentionConfig};
 pub use l2a::{L2aAttention, L2aAttentionConfig};
 pub use multi_window::{MultiWindowAttention, MultiWindowAttentionConfig};
 pub use parts::{Projections, RopeConfig};
+pub use rattention::{RattentionAttention, RattentionAttentionConfig};
 
 use crate::Routing;
 use burn::tensor::Tensor;

@@ -6,3 +6,4 @@ mod functions;
 mod gradients;
 mod learning;
 mod modules;
+mod rattention;

@@ -2,7 +2,8 @@ use bifocal::{RandomRouter, Window};
 use bifocal_burn::{
     AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
     CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
-    MultiWindowAttentionConfig, Projections, RopeConfig, Routing, aha_attention,
+    MultiWindowAttentionConfig, Projections, RattentionAttention, RattentionAttentionConfig, RopeConfig,
+    Routing, aha_attention,
 };
 use burn::{
     module::Module,
@@ -25,6 +26,8 @@ pub enum Attention {
     MultiWindow(MultiWindowAttention),
     /// A window, then full for some. Norms and residuals are inside.
     L2a(L2aAttention),
+    /// A window, and linear attention to what has left it.
+    Rattention(RattentionAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
 }
@@ -58,6 +61,10 @@ impl Attention {
             AttentionKind::L2a { window } => {
                 let config = L2aAttentionConfig::new(d_model, heads, *window);
                 Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::Rattention { window } => {
+                let config = RattentionAttentionConfig::new(d_model, heads, *window);
+                Self::Rattention(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
             }
             AttentionKind::RandomGate { window, far_share } => {
                 // Checks the share.
