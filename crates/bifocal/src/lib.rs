@@ -67,3 +67,8 @@ pub use cubecl;
 #[cfg(doctest)]
 #[doc = include_str!("../../../README.md")]
 mod readme {}
+
+/// The example on RATTENTION's page, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/rattention.md")]
+mod rattention_page {}
