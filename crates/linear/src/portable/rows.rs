@@ -52,8 +52,6 @@ pub(super) fn token_of(side: &Side, index: i32) -> u32 {
 #[derive(CubeType)]
 pub(super) struct Tile<R: Size> {
     pub(super) batch: u32,
-    /// Within the batch.
-    pub(super) kv_head: u32,
     pub(super) tokens: Array<u32>,
     pub(super) heads: Array<u32>,
     /// The number of each row in its tensor.
@@ -92,7 +90,7 @@ pub(super) fn tile_of<R: Size>(
     }
     let lowest = indices.extract(0usize);
     let highest = indices.extract(comptime![lanes - 1]);
-    Tile::<R> { batch, kv_head, tokens, heads, rows, indices, lowest, highest }
+    Tile::<R> { batch, tokens, heads, rows, indices, lowest, highest }
 }
 
 /// Where each row of a tile begins in a tensor.
