@@ -15,6 +15,7 @@
 //! | [`L2a`] | [`LinearGate::l2a`], token | [`Windowed`]; then [`Full`] on its own projections | in series |
 //! | [`Qada`] | [`MomentGate`], token x head, no weights | [`Windowed`] with sinks, then [`Far`] where routed | merged |
 //! | [`Logo`] | [`LinearGate`], token | [`Windowed`], [`Full`] where routed | mixed by the gate's scores |
+//! | [`Rattention`] | none | [`Windowed`]; [`LinearAttention`] beyond it | sum of two norms |
 //!
 //! ```
 //! use bifocal::{Aha, Element, FixedRouter, Inputs, Router, Tensor, Window};
@@ -37,6 +38,7 @@ mod l2a;
 mod logo;
 mod multi_window;
 mod qada;
+mod rattention;
 mod select;
 mod straight_through;
 mod tuning;
@@ -47,12 +49,13 @@ pub use l2a::L2a;
 pub use logo::Logo;
 pub use multi_window::MultiWindow;
 pub use qada::Qada;
+pub use rattention::{Rattention, RattentionGradients, RattentionInputs, RattentionOutput, RattentionStep};
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
 pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
 pub use tuning::settle_within;
 
 pub use bifocal_core::{
-    DeviceProfile, Element, Error, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
+    DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
         AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
         Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
@@ -62,6 +65,9 @@ pub use bifocal_dispatch::{
     HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, merge_routed, mix, mix_routed, select,
 };
 pub use bifocal_full::{Far, Full, NonCausal};
+pub use bifocal_linear::{
+    LeavingKey, LinearAttention, LinearInputs, NormSum, NormSumGradients, State, norm_sum, norm_sum_backward,
+};
 pub use bifocal_router::{
     Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
     RandomRouter, Threshold,
@@ -79,3 +85,8 @@ mod readme {}
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/src/systems/qada.md")]
 mod qada_page {}
+
+/// The example on RATTENTION's page, compiled.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/rattention.md")]
+mod rattention_page {}

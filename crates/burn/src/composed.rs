@@ -105,6 +105,61 @@ pub fn global_attention(
     Ok(spoil_invalid(out, routes, reaches))
 }
 
+/// [`linear_attention`](crate::linear_attention) by Burn's operations, over all pairs of a query and a key.
+///
+/// # Errors
+/// As [`windowed_attention`].
+pub fn linear_attention(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    window: Window,
+) -> Result<Tensor<4>> {
+    let problem = problem(&query, &key, &value, &AttentionOptions::default())?;
+    let dtype = query.dtype();
+    let [query, key, value] = [query, key, value].map(|tensor| precise(tensor, dtype));
+    let features = |x: Tensor<4>| Tensor::cat(vec![softmax(x.clone(), 3), softmax(x.neg(), 3)], 3);
+    let key = repeat_heads(features(key), problem.group());
+    let scores = features(query).matmul(key.swap_dims(2, 3));
+    let near = distances(&scores, &problem, 0).lower_elem(i64::from(window.keys()));
+    let scores = scores.clone().mask_fill(near.unsqueeze::<4>().expand(scores.dims()), 0.0);
+    Ok(scores.matmul(repeat_heads(value, problem.group())).cast(dtype))
+}
+
+/// [`norm_sum`](crate::norm_sum) by Burn's operations.
+///
+/// # Errors
+/// [`Error::DeviceMismatch`], [`Error::Shape`].
+pub fn norm_sum(
+    near: Tensor<4>,
+    far: Tensor<4>,
+    near_scale: Tensor<1>,
+    far_scale: Tensor<1>,
+) -> Result<Tensor<4>> {
+    check_together(&[
+        Origin::of("the near branch", &near),
+        Origin::of("the far branch", &far),
+        Origin::of("the near scale", &near_scale).of_any_dtype(),
+        Origin::of("the far scale", &far_scale).of_any_dtype(),
+    ])?;
+    let (shape, dtype) = (near.dims(), near.dtype());
+    let [_, heads, _, dim] = shape;
+    if far.dims() != shape {
+        return Err(Error::shape("the far branch", format!("{shape:?}"), &far.dims()));
+    }
+    let normed = |name, branch: Tensor<4>, scale: Tensor<1>| {
+        if scale.dims() != [heads * dim] {
+            return Err(Error::shape(name, format!("[{}]", heads * dim), &scale.dims()));
+        }
+        let branch = precise(branch, dtype);
+        let root = (branch.clone().powi_scalar(2).mean_dim(3) + 1e-8).sqrt();
+        let scale = scale.cast(branch.dtype()).reshape([1, heads, 1, dim]);
+        Ok(branch / root * scale)
+    };
+    let near = normed("the near scale", near, near_scale)?;
+    Ok((near + normed("the far scale", far, far_scale)?).cast(dtype))
+}
+
 /// [`linear_gate`](crate::linear_gate) by Burn's operations: scores `[B, R, 1, T]` in f32 and routes `[B, R, T]`.
 ///
 /// # Errors
@@ -206,11 +261,7 @@ fn attend(
     window: Option<Window>,
 ) -> Tensor<4> {
     let dtype = query.dtype();
-    let precise = |tensor: Tensor<4>| match dtype {
-        DType::F64 => tensor,
-        _ => tensor.cast(DType::F32),
-    };
-    let [query, key, value] = [query, key, value].map(precise);
+    let [query, key, value] = [query, key, value].map(|tensor| precise(tensor, dtype));
     let key = repeat_heads(key, problem.group());
     let value = repeat_heads(value, problem.group());
     // Queries before the first key see nothing: they are left out here and are zero below.
@@ -241,6 +292,14 @@ fn attend(
     Tensor::cat(vec![zeros, out], 2)
 }
 
+/// Half precision is computed in f32.
+fn precise(tensor: Tensor<4>, dtype: DType) -> Tensor<4> {
+    match dtype {
+        DType::F64 => tensor,
+        _ => tensor.cast(DType::F32),
+    }
+}
+
 /// Where key `j` is not visible to the query at position `i`: `j > i`, or `j <= i - window`.
 fn hidden_keys(
     scores: &Tensor<4>,
@@ -248,6 +307,17 @@ fn hidden_keys(
     blind: usize,
     window: Option<Window>,
 ) -> Tensor<4, Bool> {
+    let distance = distances(scores, problem, blind);
+    let hidden = distance.clone().lower_elem(0);
+    let hidden = match window {
+        Some(window) => hidden.bool_or(distance.greater_equal_elem(i64::from(window.keys()))),
+        None => hidden,
+    };
+    hidden.unsqueeze::<4>().expand(scores.dims())
+}
+
+/// How many keys each key lies before each query, of which the first `blind` are left out: `[rows, keys]`.
+fn distances(scores: &Tensor<4>, problem: &Problem, blind: usize) -> Tensor<2, Int> {
     let device = scores.device().inner();
     let key_len = problem.key_len as i64;
     let keys = Tensor::<1, Int>::arange(0..key_len, &device).unsqueeze_dim::<2>(0);
@@ -255,13 +325,7 @@ fn hidden_keys(
     let positions = positions.unsqueeze_dim::<2>(1);
     let rows = problem.query_len - blind;
     let [keys, positions] = [keys, positions].map(|index| index.expand([rows, problem.key_len]));
-    let distance = positions - keys;
-    let hidden = distance.clone().lower_elem(0);
-    let hidden = match window {
-        Some(window) => hidden.bool_or(distance.greater_equal_elem(i64::from(window.keys()))),
-        None => hidden,
-    };
-    hidden.unsqueeze::<4>().expand(scores.dims())
+    positions - keys
 }
 
 /// `[B, Hk, T, D]` to `[B, Hk * group, T, D]`, each head `group` times in a row.

@@ -6,7 +6,8 @@
 //! [`multi_window_attention`] and [`global_attention`]; and [`qada_attention`], whose gate has nothing to learn. [`route`] and [`selected_attention`] take routers and
 //! branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
-//! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`CausalAttention`] not at all.
+//! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`RattentionAttention`], out of [`linear_attention`] and
+//! [`norm_sum`], and [`CausalAttention`] not at all.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -67,6 +68,7 @@ pub mod composed;
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 mod cube;
 mod flex;
+mod linear;
 mod modules;
 mod options;
 mod penalty;
@@ -80,10 +82,11 @@ pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, selected_attention,
     windowed_attention,
 };
+pub use linear::{linear_attention, linear_attention_with, norm_sum};
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
     L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention,
-    QadaAttentionConfig, RopeConfig,
+    QadaAttentionConfig, RattentionAttention, RattentionAttentionConfig, RopeConfig,
 };
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
@@ -91,4 +94,4 @@ pub use qada::qada_attention;
 pub use routing::{Routing, linear_choice, linear_gate, route};
 pub use system::Branch;
 
-pub use bifocal::{Covariance, Error, MomentGate, Result, Threshold, Window};
+pub use bifocal::{Covariance, Error, FeatureMap, MomentGate, Result, Threshold, Window};

@@ -4,8 +4,8 @@ use core::fmt;
 use std::sync::Arc;
 
 use bifocal::{
-    AttentionOperator, DeviceProfile, Error, Gradients, Inputs, Partial, Plan, Problem, Result, Routes, Rows,
-    Saved, Tensor, cubecl::client::Client, mask, select,
+    AttentionOperator, DeviceProfile, Element, Error, Gradients, Inputs, Partial, Plan, Problem, Result,
+    Routes, Rows, Saved, Tensor, cubecl::client::Client, mask, select,
 };
 
 use crate::Training;
@@ -166,13 +166,18 @@ impl System {
 
 /// Room for the result, its heads and tokens in the order that the query has them in memory.
 fn room(client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Partial {
-    let mut partial = Partial::empty(client, problem, problem.element);
-    let [_, by_head, by_token, _] = inputs.query.strides();
-    if by_head < by_token && by_head != 0 {
-        let [_, heads, tokens, dim] = problem.out_shape();
-        let strides = [tokens * heads * dim, dim, heads * dim, 1];
-        let handle = partial.out.into_handle();
-        partial.out = Tensor::new(handle, problem.element, problem.out_shape(), strides);
+    let out = room_like(client, problem, inputs.query.strides());
+    Partial { out, lse: Tensor::empty(client, problem.lse_shape(), Element::F32) }
+}
+
+/// Room for outputs, heads and tokens in the order that these strides have them.
+pub(crate) fn room_like(client: &Client, problem: &Problem, strides: [usize; 4]) -> Tensor<4> {
+    let out = Tensor::empty(client, problem.out_shape(), problem.element);
+    let [_, by_head, by_token, _] = strides;
+    if by_head >= by_token || by_head == 0 {
+        return out;
     }
-    partial
+    let [_, heads, tokens, dim] = problem.out_shape();
+    let strides = [tokens * heads * dim, dim, heads * dim, 1];
+    Tensor::new(out.into_handle(), problem.element, problem.out_shape(), strides)
 }

@@ -8,8 +8,9 @@ use std::{
 
 use anyhow::{Context, Result};
 use bifocal::{
-    Aha, AttentionOperator, DeviceProfile, Full, Gradients, Inputs, L2a, LinearGate, MomentGate, Partial,
-    Problem, Qada, RandomRouter, Reach, Router, Rows, Saved, Tensor, Window, Windowed, cubecl,
+    Aha, AttentionOperator, DeviceProfile, Element, Full, Gradients, Inputs, L2a, LinearGate, LinearInputs,
+    MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Reach, Router, Rows,
+    Saved, Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, ValueEnum};
 use cubecl::{MemoryScope, client::Client};
@@ -49,7 +50,7 @@ pub(crate) struct Options {
     /// How the routes of AHA and L2A are drawn.
     #[arg(long, default_value = "random")]
     gates: Gates,
-    /// Cases to time; all unless given.
+    /// Cases to time; all that the routine asked for can run unless given.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
     /// Time attention's forward and backward pass together; routers learn in aha-exact alone.
@@ -93,9 +94,11 @@ enum CaseName {
     Moments,
     /// QAdA, decision, plan and merge included, with sinks, and with the threshold that sends the share of token-heads far.
     Qada,
+    /// RATTENTION: the window, linear attention beyond it, and the sum of their norms.
+    Rattention,
 }
 
-const CASES: [CaseName; 9] = [
+const CASES: [CaseName; 10] = [
     CaseName::Windowed,
     CaseName::Full,
     CaseName::Router,
@@ -105,15 +108,14 @@ const CASES: [CaseName; 9] = [
     CaseName::L2a,
     CaseName::Moments,
     CaseName::Qada,
+    CaseName::Rattention,
 ];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let client = bifocal::open(options.device.as_str())?;
     let shape = &options.shape;
-    // What moments do not know is no part of all.
-    let every =
-        || CASES.into_iter().filter(|case| shape.softcap.is_none() || !case.knows_moments()).collect();
-    let cases: Vec<CaseName> = if options.cases.is_empty() { every() } else { options.cases.clone() };
+    let cases =
+        if options.cases.is_empty() { default_cases(options, &client)? } else { options.cases.clone() };
     let bar = output::progress(shape.lengths.len() * cases.len());
     let mut timings = Vec::new();
     for &length in &shape.lengths {
@@ -156,6 +158,17 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
+/// All cases, but for RATTENTION where a routine is asked for that linear attention has no kernel of.
+fn default_cases(options: &Options, client: &Client) -> Result<Vec<CaseName>> {
+    let far = Rattention::new(Window::new(options.window)?).far();
+    let problem = options.shape.problem(options.shape.lengths.first().copied().unwrap_or(1))?;
+    let runs = far.choose(&problem, &DeviceProfile::of(client)).is_ok();
+    // Nor is what moments do not know.
+    let capped = options.shape.softcap.is_some();
+    let fits = |case: &CaseName| (*case != CaseName::Rattention || runs) && !(capped && case.knows_moments());
+    Ok(CASES.into_iter().filter(fits).collect())
+}
+
 impl Gates {
     fn name(self) -> &'static str {
         match self {
@@ -188,6 +201,7 @@ impl CaseName {
             CaseName::L2a => "l2a",
             CaseName::Moments => "moments",
             CaseName::Qada => "qada",
+            CaseName::Rattention => "rattention",
         }
     }
 
@@ -227,6 +241,8 @@ struct Bench<'a> {
     qada: Qada,
     /// What QAdA decides of every row, once calibrated.
     decided: Vec<u8>,
+    /// The scale of RATTENTION's norms.
+    scale: Tensor<2>,
 }
 
 /// The most bytes that a call was seen to hold on the device.
@@ -283,6 +299,7 @@ impl<'a> Bench<'a> {
             partial: Partial::empty(client, &problem, element),
             qada: Qada::new(MomentGate::new(Window::new(options.window)?, 0.5)?),
             decided: Vec::new(),
+            scale: Tensor::filled(client, [shape.heads, problem.value_dim], Element::F32, 1.0)?,
         })
     }
 
@@ -370,6 +387,21 @@ impl<'a> Bench<'a> {
                         self.qada.backward(client, problem, &inputs, &plan, saved, gradients)
                     })
                 }
+                CaseName::Rattention => {
+                    let inputs = RattentionInputs {
+                        near: inputs,
+                        far: LinearInputs::new(set.query.view(), set.key.view(), set.value.view()),
+                        near_scale: self.scale.view(),
+                        far_scale: self.scale.view(),
+                    };
+                    let rattention = Rattention::new(self.window);
+                    let forward = rattention.attend(client, problem, &inputs, &partial.out)?;
+                    if self.options.backward {
+                        let d_out = set.d_out.view();
+                        rattention.backward(client, problem, &inputs, &forward, d_out, None)?;
+                    }
+                    Ok(())
+                }
             }
         };
         let partial = Partial::empty(client, &self.problem, self.problem.element);
@@ -402,7 +434,7 @@ impl<'a> Bench<'a> {
         Ok(Timing {
             case: self.name(case),
             length: self.problem.query_len,
-            routine: Some(self.routine.clone()),
+            routine: Some(self.routine(case)?),
             first_call_ms: first_call.as_secs_f64() * 1e3,
             median_ms: median.as_secs_f64() * 1e3,
             fastest_ms: times[0].as_secs_f64() * 1e3,
@@ -436,6 +468,18 @@ impl<'a> Bench<'a> {
     fn name(&self, case: CaseName) -> String {
         let backward = if self.options.backward && case.attends() { "-backward" } else { "" };
         format!("{}{backward}", case.name())
+    }
+
+    /// What attention is computed by, forward and, if that is timed, backward.
+    fn routine(&self, case: CaseName) -> Result<String> {
+        match case {
+            CaseName::Rattention => {
+                let far = Rattention::new(self.window).far();
+                let far = far.choose(&self.problem, &DeviceProfile::of(self.client))?;
+                Ok(format!("{} + {far}", self.routine))
+            }
+            _ => Ok(self.routine.clone()),
+        }
     }
 
     /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the
@@ -498,7 +542,7 @@ impl<'a> Bench<'a> {
         };
         let computed = match case {
             CaseName::Router | CaseName::Plan | CaseName::Moments => return None,
-            CaseName::Windowed => sum(&|_, token| pairs(near, token as usize)),
+            CaseName::Windowed | CaseName::Rattention => sum(&|_, token| pairs(near, token as usize)),
             CaseName::Full => full(),
             CaseName::Aha => by_route(),
             // What the window sees, full attention sees as well.
@@ -518,7 +562,25 @@ impl<'a> Bench<'a> {
             _ => computed,
         };
         let per_pair = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64;
-        Some(per_pair * (computed + 2.5 * differentiated))
+        let flop = per_pair * (computed + 2.5 * differentiated);
+        Some(if case == CaseName::Rattention { flop + self.linear_flop() } else { flop })
+    }
+
+    /// A multiplication and an addition for every number of the state, for each key that leaves the window, and for each row
+    /// that meets one. Going back there are five more: the states once again, their gradients and those of queries by row,
+    /// and those of keys and values by key. Feature maps and norms are not counted.
+    fn linear_flop(&self) -> f64 {
+        let Problem { batch, heads, kv_heads, query_len, key_len, value_dim, .. } = self.problem;
+        let far = Rattention::new(self.window).far();
+        let state = far.state_shape(&self.problem)[2] * value_dim;
+        let meets = |token: &usize| far.reach().visible(self.problem.position(*token), key_len) > 0;
+        let rows = batch * heads * (0..query_len).filter(meets).count();
+        let keys = batch * kv_heads * key_len.saturating_sub(self.window.keys() as usize);
+        let pairs = match self.options.backward {
+            false => rows + keys,
+            true => rows + keys + (keys + 2 * rows + 2 * keys),
+        };
+        2.0 * state as f64 * pairs as f64
     }
 
     /// The share of routes that came out far, where a case has routes.
@@ -530,7 +592,9 @@ impl<'a> Bench<'a> {
                 let far = self.decided.iter().filter(|&&route| route == 1).count();
                 return Some(far as f64 / self.decided.len() as f64);
             }
-            CaseName::Windowed | CaseName::Full | CaseName::Router => return None,
+            CaseName::Windowed | CaseName::Full | CaseName::Router | CaseName::Rattention => {
+                return None;
+            }
         };
         let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
         let far = (0..rows)
@@ -574,6 +638,8 @@ impl<'a> Bench<'a> {
                 (size(&query.shape()) + size(&key.shape())) * element.size() + masses + routes(heads)
             }
             CaseName::Qada => attention,
+            // Both branches read the same queries and keys here, as without rotary positions.
+            CaseName::Rattention => attention,
         }
     }
 }

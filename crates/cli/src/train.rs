@@ -138,6 +138,7 @@ enum KindName {
     MultiWindow,
     L2a,
     Qada,
+    Rattention,
     RandomGate,
 }
 
@@ -310,6 +311,7 @@ impl ModelOptions {
             KindName::Window => AttentionKind::Window { window: window()? },
             KindName::Aha => AttentionKind::Aha { window: window()? },
             KindName::L2a => AttentionKind::L2a { window: window()? },
+            KindName::Rattention => AttentionKind::Rattention { window: window()? },
             KindName::MultiWindow if self.window.is_empty() => bail!("multi-window needs --window N,N"),
             KindName::MultiWindow => AttentionKind::MultiWindow { windows: self.window.clone() },
             KindName::Qada => {

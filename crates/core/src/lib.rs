@@ -10,6 +10,7 @@
 
 mod element;
 mod error;
+mod feature_map;
 mod problem;
 mod profile;
 mod reach;
@@ -21,6 +22,7 @@ pub mod device;
 
 pub use element::Element;
 pub use error::{Error, Result};
+pub use feature_map::FeatureMap;
 pub use problem::Problem;
 pub use profile::DeviceProfile;
 pub use reach::Reach;

@@ -42,6 +42,11 @@ pub enum AttentionKind {
         #[serde(default = "qada_sinks")]
         sinks: u32,
     },
+    /// RATTENTION (arXiv 2506.15545): a window, and linear attention to what has left it.
+    Rattention {
+        /// Keys that a query sees near: the paper's w and one more.
+        window: usize,
+    },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
     RandomGate {
         /// Keys that a query sees near.
@@ -71,6 +76,7 @@ impl AttentionKind {
             Self::MultiWindow { .. } => "multi-window",
             Self::L2a { .. } => "l2a",
             Self::Qada { .. } => "qada",
+            Self::Rattention { .. } => "rattention",
             Self::RandomGate { .. } => "random-gate",
             Self::Custom { .. } => "custom",
         }
@@ -84,6 +90,7 @@ impl AttentionKind {
             | Self::Aha { window }
             | Self::L2a { window }
             | Self::Qada { window, .. }
+            | Self::Rattention { window }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
@@ -394,12 +401,14 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
+        config.model.layers = 5;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
             AttentionKind::RandomGate { window: 8, far_share: 0.1 },
             AttentionKind::L2a { window: 32 },
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
+            AttentionKind::Rattention { window: 33 },
         ];
         config.model.layers = 5;
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });

@@ -27,7 +27,11 @@ pub(crate) fn penalty(
                 multi_window.add(|| cost_penalty(routing, &windows))?;
             }
             Attention::L2a(_) => l2a.add(|| squared_penalty(routing))?,
-            Attention::Causal(_) | Attention::Qada(_) | Attention::RandomGate(_) | Attention::Custom(_) => {}
+            Attention::Causal(_)
+            | Attention::Qada(_)
+            | Attention::Rattention(_)
+            | Attention::RandomGate(_)
+            | Attention::Custom(_) => {}
         }
     }
     Ok(kinds.into_iter().filter_map(Kind::mean).reduce(|sum, more| sum + more))

@@ -125,11 +125,15 @@ fn as_read(lines: &[Line]) -> Vec<Line> {
 #[case::aha(aha())]
 #[case::multi_window(AttentionKind::MultiWindow { windows: vec![2, 6] })]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
+#[case::rattention(AttentionKind::Rattention { window: 4 })]
 #[case::random_gate(AttentionKind::RandomGate { window: 4, far_share: 0.3 })]
 #[case::qada(AttentionKind::Qada { window: 4, tau: 0.6, sinks: 2 })]
 fn a_resumed_run_is_the_uninterrupted_one(#[case] kind: AttentionKind) {
     let setting = Setting::new();
-    let routed = !matches!(kind, AttentionKind::Full | AttentionKind::Window { .. });
+    let routed = !matches!(
+        kind,
+        AttentionKind::Full | AttentionKind::Window { .. } | AttentionKind::Rattention { .. }
+    );
     let mut config = config(kind);
     if routed && matches!(config.model.attention[0], AttentionKind::Aha { .. } | AttentionKind::L2a { .. }) {
         config.budget = Some(Budget { target: 0.4, step: 0.01 });
@@ -185,6 +189,7 @@ fn a_resumed_run_is_the_uninterrupted_one(#[case] kind: AttentionKind) {
 #[case::aha(aha())]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
 #[case::qada(AttentionKind::Qada { window: 4, tau: 0.6, sinks: 2 })]
+#[case::rattention(AttentionKind::Rattention { window: 4 })]
 fn loss_goes_down(#[case] kind: AttentionKind) {
     let setting = Setting::new();
     let mut config = config(kind);

@@ -7,8 +7,10 @@ use crate::{
 };
 
 mod backward;
+mod rattention;
 
 pub use backward::LayerGradients;
+pub use rattention::RattentionLayer;
 
 /// The projections around one attention, heads side by side: column `h * D + d` is channel `d` of head `h`.
 #[derive(Clone, Debug, PartialEq)]

@@ -13,6 +13,7 @@ mod case;
 mod compare;
 mod gradients;
 mod inputs;
+mod linear;
 mod mixes;
 mod moments;
 mod packed;
@@ -102,12 +103,13 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences, QAdA and mixes; then the way back; last, the instructions that kernels are made of.
+/// sequences, QAdA and mixes; then the way back; then linear attention; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
     let systems = [moments::PROPERTIES, mixes::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
-    forward.into_iter().chain(systems).chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
+    let last = [linear::PROPERTIES, tensor_cores::PROPERTIES];
+    forward.into_iter().chain(systems).chain(backward).chain(last).flatten()
 }
 
 /// The property of that name.

@@ -2,9 +2,10 @@
 
 use bifocal::{
     Aha, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full, Gradients,
-    HostMoments, Inputs, L2a, LinearChoice, LinearGate, Logo, MomentGate, Moments, MultiWindow, Partial,
-    Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes, Routine, Rows, Saved, Sequences, Tensor,
-    Threshold, Window, Windowed, add_to_scores, choice_gradient, cubecl::client::Client, gate_gradient,
+    HostMoments, Inputs, L2a, LinearAttention, LinearChoice, LinearGate, LinearInputs, Logo, MomentGate,
+    Moments, MultiWindow, NormSum, Partial, Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes,
+    Routine, Rows, Saved, Sequences, State, Tensor, Threshold, Window, Windowed, add_to_scores,
+    choice_gradient, cubecl::client::Client, gate_gradient,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -513,4 +514,88 @@ fn a_soft_gate_without_scores() {
     let logo = Logo::new(Window::new(2).expect("a window"));
     let error = logo.attend(&client, &problem, &inputs, &decision.expect("routes")).expect_err("no scores");
     assert!(matches!(error, Error::Option { option: "scores", .. }), "{error}");
+}
+
+fn linear() -> LinearAttention {
+    LinearAttention::beyond(Window::rattention(2).expect("a window"))
+}
+
+/// The error of a call of linear attention on `[1, 2, 8, 32]`, changed by `change`.
+fn linear_refusal(change: impl FnOnce(&mut Problem)) -> Error {
+    let client = cpu();
+    let qkv = tensor(&client, [1, 2, 8, 32]);
+    let inputs = LinearInputs::new(qkv.view(), qkv.view(), qkv.view());
+    let mut problem = inputs.attention.problem().expect("a possible problem");
+    let out = tensor(&client, problem.out_shape());
+    change(&mut problem);
+    linear().attend(&client, &problem, &inputs, &out).expect_err("an impossible call")
+}
+
+#[test]
+fn linear_attention_of_what_it_cannot_do() {
+    let error = linear_refusal(|problem| problem.key_len = 9);
+    assert!(matches!(error, Error::Shape { tensor: "key", .. }), "{error}");
+    let error = linear_refusal(|problem| problem.routine = Some(Routine::Mma));
+    assert!(matches!(error, Error::Refused { operator: "linear", .. }), "{error}");
+    assert!(matches!(linear().with_chunk(0), Err(Error::Option { option: "keys per chunk", .. })));
+
+    let client = cpu();
+    let qkv = tensor(&client, [1, 2, 8, 32]);
+    let inputs = LinearInputs::new(qkv.view(), qkv.view(), qkv.view());
+    let problem = inputs.attention.problem().expect("a possible problem");
+    let out = tensor(&client, problem.out_shape());
+    let sinks = Tensor::filled(&client, [2], Element::F32, 0.0).expect("room");
+    let mut with_sinks = inputs;
+    with_sinks.attention = inputs.attention.with_sink_logits(sinks.view());
+    let error = linear().attend(&client, &problem, &with_sinks, &out).expect_err("sink logits");
+    assert!(matches!(error, Error::Option { option: "sink logits of linear attention", .. }), "{error}");
+    let sequences = Sequences::from_host(&client, &[0, 8], &[0, 8]).expect("possible lengths");
+    let mut packed = inputs;
+    packed.attention = inputs.attention.with_sequences(&sequences);
+    let error = linear().attend(&client, &problem, &packed, &out).expect_err("packed sequences");
+    assert!(matches!(error, Error::Option { .. }), "{error}");
+    let state = State::zeros(&client, linear().state_shape(&problem)).expect("room");
+    let error = linear().step(&client, &problem, qkv.view(), None, &state, &out).expect_err("eight queries");
+    assert!(matches!(error, Error::Option { option: "the query length of a step", .. }), "{error}");
+}
+
+#[test]
+fn states_that_do_not_fit_or_are_not_finite() {
+    let client = cpu();
+    let shape = [1, 2, 64, 32];
+    let mut numbers = vec![0.5; 2 * 64 * 32];
+    numbers[7] = f32::INFINITY;
+    let error = State::from_f32(&client, shape, &numbers).expect_err("an infinity");
+    assert!(error.to_string().contains("inf at 7"), "{error}");
+    let state = State::zeros(&client, [1, 2, 32, 32]).expect("room");
+    let qkv = tensor(&client, [1, 2, 8, 32]);
+    let inputs = LinearInputs::new(qkv.view(), qkv.view(), qkv.view()).with_state(&state);
+    let problem = inputs.attention.problem().expect("a possible problem");
+    let out = tensor(&client, problem.out_shape());
+    let error = linear().attend(&client, &problem, &inputs, &out).expect_err("a state of other features");
+    assert!(matches!(error, Error::Shape { tensor: "the state", .. }), "{error}");
+}
+
+#[test]
+fn norms_without_room_or_scale() {
+    let client = cpu();
+    let branch = tensor(&client, [1, 2, 8, 32]);
+    let problem = Problem::new([1, 2, 8, 32], [1, 2, 8, 32], Element::F32).expect("a possible problem");
+    let scale = Tensor::filled(&client, [2, 32], Element::F32, 1.0).expect("room");
+    let inputs = NormSum {
+        near: branch.view(),
+        far: branch.view(),
+        near_scale: scale.view(),
+        far_scale: scale.view(),
+        epsilon: 1e-8,
+    };
+    let out = tensor(&client, [1, 2, 8, 32]);
+    let error = bifocal::norm_sum(&client, &problem, &NormSum { epsilon: 0.0, ..inputs }, &out);
+    assert!(matches!(error, Err(Error::Option { .. })), "{error:?}");
+    let other = Tensor::filled(&client, [1, 32], Element::F32, 1.0).expect("room");
+    let error = bifocal::norm_sum(&client, &problem, &NormSum { far_scale: other.view(), ..inputs }, &out);
+    assert!(matches!(error, Err(Error::Shape { tensor: "the far scale", .. })), "{error:?}");
+    let broadcast = Tensor::new(out.into_handle(), Element::F32, [1, 2, 8, 32], [512, 256, 0, 1]);
+    let error = bifocal::norm_sum(&client, &problem, &inputs, &broadcast);
+    assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
 }

@@ -98,6 +98,15 @@ on_every_device! {
     packed_gradients_equal_the_oracle
     gate_gradients_equal_the_oracle
     choice_gradients_equal_the_oracle
+    linear_attention_equals_the_oracle
+    chunks_of_linear_attention_do_not_matter
+    a_state_carries_over
+    window_and_linear_see_every_key_once
+    a_step_is_the_last_row
+    linear_gradients_equal_the_oracle
+    two_linear_runs_agree_bit_for_bit
+    norm_sums_equal_the_oracle
+    rattention_equals_the_oracle
     warpgroup_products_are_plain_sums
     long_contexts_equal_all_rows
 }

@@ -6,6 +6,7 @@ mod l2a;
 mod multi_window;
 mod parts;
 mod qada;
+mod rattention;
 
 pub use aha::{AhaAttention, AhaAttentionConfig};
 pub use causal::{CausalAttention, CausalAttentionConfig};
@@ -13,6 +14,7 @@ pub use l2a::{L2aAttention, L2aAttentionConfig};
 pub use multi_window::{MultiWindowAttention, MultiWindowAttentionConfig};
 pub use parts::{Projections, RopeConfig};
 pub use qada::{QadaAttention, QadaAttentionConfig};
+pub use rattention::{RattentionAttention, RattentionAttentionConfig};
 
 use crate::Routing;
 use burn::tensor::Tensor;

@@ -53,11 +53,31 @@ impl Projections {
     /// # Panics
     /// When M is not the projections' or T is beyond the table of positions; the modules check both.
     pub fn project(&self, hidden: Tensor<3>, rope: Option<&RotaryEncoding>) -> [Tensor<4>; 3] {
+        let [query, key, value] = self.split(hidden);
+        let [query, key] = self.position([query, key], rope);
+        [query, key, value]
+    }
+
+    /// Query, key and value as they leave their projections: neither normed nor rotated.
+    pub(crate) fn split(&self, hidden: Tensor<3>) -> [Tensor<4>; 3] {
         let [batch, tokens, _] = hidden.dims();
         let split = |linear: &Linear, heads: usize| {
             let flat = linear.forward(hidden.clone());
             flat.reshape([batch, tokens, heads, self.head_dim]).swap_dims(1, 2)
         };
+        [
+            split(&self.q_proj, self.n_heads),
+            split(&self.k_proj, self.n_kv_heads),
+            split(&self.v_proj, self.n_kv_heads),
+        ]
+    }
+
+    /// Query and key of [`split`](Self::split), normed and rotated.
+    pub(crate) fn place(
+        &self,
+        [query, key]: [Tensor<4>; 2],
+        rope: Option<&RotaryEncoding>,
+    ) -> [Tensor<4>; 2] {
         let norm = |norm: &Option<RmsNorm>, x: Tensor<4>| match norm {
             Some(norm) => norm.forward(x),
             None => x,
@@ -70,9 +90,7 @@ impl Projections {
             }
             None => x,
         };
-        let query = norm(&self.q_norm, split(&self.q_proj, self.n_heads));
-        let key = norm(&self.k_norm, split(&self.k_proj, self.n_kv_heads));
-        [rotate(query), rotate(key), split(&self.v_proj, self.n_kv_heads)]
+        [rotate(norm(&self.q_norm, query)), rotate(norm(&self.k_norm, key))]
     }
 
     /// The output projection `[B, T, M]` of attention outputs `[B, H, T, D]`.

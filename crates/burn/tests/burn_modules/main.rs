@@ -7,3 +7,4 @@ mod gradients;
 mod learning;
 mod modules;
 mod qada;
+mod rattention;

@@ -2,8 +2,8 @@ use bifocal::{RandomRouter, Window};
 use bifocal_burn::{
     AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
     CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
-    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RopeConfig, Routing,
-    aha_attention,
+    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RattentionAttention,
+    RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
 };
 use burn::{
     module::Module,
@@ -29,6 +29,8 @@ pub enum Attention {
     L2a(L2aAttention),
     /// A window, and all else for some, by the moments of keys.
     Qada(QadaAttention),
+    /// A window, and linear attention to what has left it.
+    Rattention(RattentionAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
     /// From outside this crate.
@@ -78,6 +80,10 @@ impl Attention {
             AttentionKind::L2a { window } => {
                 let config = L2aAttentionConfig::new(d_model, heads, *window);
                 Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::Rattention { window } => {
+                let config = RattentionAttentionConfig::new(d_model, heads, *window);
+                Self::Rattention(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
             }
             AttentionKind::Qada { window, tau, sinks } => {
                 let config =

@@ -154,6 +154,7 @@ impl Layer {
         let normed = self.normed(hidden.clone());
         let (output, routing) = match &self.attention {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
+            Attention::Rattention(rattention) => (rattention.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
             Attention::Qada(qada) => split(qada.forward(normed)?),
