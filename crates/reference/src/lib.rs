@@ -9,7 +9,7 @@
 //! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
 //! [`MultiWindowLayer`], [`L2aLayer`]) put the parts together. The way back: [`attention_backward`] for queries, keys
 //! and values, [`gate_backward`] or [`choice_backward`] and then [`linear_backward`] for routers, and the penalties on
-//! scores with their gradients.
+//! scores with their gradients. Step by step: [`KvModel`], a cache of keys and values.
 //!
 //! ```
 //! use bifocal_core::{Reach, Window};
@@ -34,6 +34,7 @@
 mod array;
 mod attention;
 mod backward;
+mod cache;
 mod combine;
 mod layers;
 mod norm;
@@ -50,6 +51,7 @@ mod samples;
 pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
 pub use backward::{Gradients, attention_backward, attention_backward_where};
+pub use cache::KvModel;
 pub use combine::{mask, merge, mix, select};
 pub use layers::{AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm};
 pub use norm::{rms_norm, rms_norm_backward};
