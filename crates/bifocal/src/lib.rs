@@ -31,6 +31,7 @@
 
 mod aha;
 mod cache;
+pub mod decode;
 mod l2a;
 mod multi_window;
 mod select;
