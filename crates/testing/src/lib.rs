@@ -9,6 +9,7 @@ mod attention;
 mod backward;
 mod case;
 mod compare;
+mod decode;
 mod gradients;
 mod inputs;
 mod packed;
@@ -93,9 +94,9 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences; then the way back; last, the instructions that kernels are made of.
+/// sequences; then caches and decode steps; then the way back; last, the instructions that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
-    let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
+    let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES, decode::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
     forward.into_iter().chain(backward).chain([tensor_cores::PROPERTIES]).flatten()
 }
