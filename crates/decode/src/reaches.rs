@@ -86,6 +86,12 @@ pub(crate) fn rule_of(rules: &[i32], route: u32, position: i32) -> Rule {
     }
 }
 
+/// Whether a route shows nothing, at any position: of all rules that one alone has a window of no key.
+#[cube]
+pub(crate) fn is_nothing(rules: &[i32], route: u32) -> bool {
+    rules[route as usize * 4 + 1] == 0i32
+}
+
 #[cube]
 impl Rule {
     /// Whether a key is seen.

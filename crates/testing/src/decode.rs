@@ -1,8 +1,7 @@
 //! What caches and decode steps satisfy.
 
 use bifocal::{
-    AttentionOperator, Element, Partial, Problem, Reach, RouteGeometry, Routes, Routine, Rows, Tensor,
-    Window,
+    Element, Partial, Problem, Reach, RouteGeometry, Routes, Routine, Rows, Tensor, Window,
     cubecl::client::Client,
     decode::{DecodePlan, KvCache, KvShape, Layout, Reaches, SequenceId, Snapshot, Step},
 };

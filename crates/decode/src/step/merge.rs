@@ -6,12 +6,14 @@
 use cubecl::prelude::*;
 
 use super::rows::{Numbers, Strides, offset, row_of};
+use crate::reaches::is_nothing;
 
 /// One unit per element of the output: sums what the chunks of its row gave, first to last.
 #[cube(launch_unchecked)]
 pub(super) fn merge_kernel<O: Float>(
     needs: &[u32],
     routes: &[u32],
+    rules: &[i32],
     sums: &[f32],
     outs: &[f32],
     sink_logits: &[f32],
@@ -39,7 +41,9 @@ pub(super) fn merge_kernel<O: Float>(
 
     let mut sink = numbers.neg_inf;
     if comptime![has_sinks] {
-        sink = sink_logits[row.head as usize];
+        // A row whose route shows nothing is not computed: it has no sink either.
+        let computed = !is_nothing(rules, row.route);
+        sink = select(computed, sink_logits[row.head as usize], numbers.neg_inf);
     }
     let mut maximum = sink;
     for chunk in 0..chunks {

@@ -279,6 +279,7 @@ impl DecodePlan {
                 units,
                 words(&self.needs),
                 self.routes(step),
+                words(step.reaches.rules()),
                 words(&self.sums),
                 words(&self.outs),
                 match step.sink_logits {

@@ -1,159 +1,18 @@
-//! The routine for GPUs whose units run in planes of 32: one plane is one worker. A key lies across 2 to 32 lanes, 16
-//! bytes each, so that a plane reads whole keys one beside the other, and every key that is read serves all rows of the
-//! tile. Nothing is shared between planes, so there is nothing to wait for but memory, and a multiprocessor has enough
-//! planes, with enough loads in flight each, to keep memory busy.
+//! The kernel: mechanism alone.
 
 // In a kernel `%` is one instruction; comptime conditions cannot be joined to others.
 #![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
 
-use bifocal_core::{
-    DeviceProfile, Problem, Refusal,
-    device::launch::{elements, words},
-};
-use cubecl::{client::Client, prelude::*};
+use cubecl::prelude::*;
 
-use super::{
-    DecodePlan, Step,
-    rows::{
+use super::{Blueprint, PLANE, PLANES};
+use crate::{
+    reaches::{Rule, rule_of},
+    step::rows::{
         List, Numbers, Strides, chunks_of, list_at, offset, pool_row, position_of, row_of, rows_in, share_of,
     },
-    strides,
+    view::Places,
 };
-use crate::{
-    cache::width,
-    reaches::{Rule, rule_of},
-    view::{CacheView, Places},
-};
-
-const PLANE: u32 = DeviceProfile::PLANE;
-const PLANE_UNITS: usize = PLANE as usize;
-
-/// Planes of a cube, and cubes of a multiprocessor: as many as are there at once however many registers a unit takes.
-const PLANES: usize = 4;
-const CUBES: usize = 2;
-
-/// Rows of a tile at most: queries and outputs of all of them are in registers.
-const ROWS: usize = 8;
-
-/// The compile-time key of the kernel.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Blueprint {
-    routed: bool,
-    softcap: bool,
-    head_dim: usize,
-    /// Rows of a tile, rounded up to a power of two.
-    rows: usize,
-    /// Elements of a key that one load takes: 16 bytes.
-    width: usize,
-    /// Lanes that a key lies across: a power of two, at least as many as rows.
-    lanes: usize,
-    /// Keys per lane whose loads are in flight together.
-    loads: usize,
-}
-
-impl Blueprint {
-    fn new(problem: &Problem, routed: bool) -> Self {
-        let (rows, width) = (tile_rows(problem).next_power_of_two(), width_of(problem));
-        Self {
-            routed,
-            softcap: problem.softcap.is_some(),
-            head_dim: problem.head_dim,
-            rows,
-            width,
-            lanes: lanes(problem),
-            // As many products as a lane has registers for beside queries and outputs.
-            loads: if rows * width > 32 { 4 } else { 8 },
-        }
-    }
-
-    /// Keys that one load of a plane brings.
-    fn keys_at_once(self) -> usize {
-        PLANE_UNITS / self.lanes
-    }
-
-    /// Products that a lane has a part of: one per row and load.
-    fn products(self) -> usize {
-        self.rows * self.loads
-    }
-
-    /// Scores that a lane holds once they are summed.
-    fn scores(self) -> usize {
-        (self.products() / self.lanes).max(1)
-    }
-}
-
-fn width_of(problem: &Problem) -> usize {
-    16 / problem.element.size()
-}
-
-/// Lanes that a key lies across.
-fn lanes(problem: &Problem) -> usize {
-    (problem.head_dim / width_of(problem)).next_power_of_two()
-}
-
-/// Rows of a kv head whose keys are read together.
-pub(super) fn tile_rows(problem: &Problem) -> usize {
-    problem.packed_rows().min(ROWS).min(lanes(problem))
-}
-
-pub(super) fn workers(multiprocessors: usize) -> usize {
-    multiprocessors * CUBES * PLANES
-}
-
-/// Whether this routine can run `problem` on a device with this profile; if not, why.
-pub(super) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
-    if !profile.has_planes() {
-        return Err(Refusal::Architecture { needs: "units that run in planes of 32" });
-    }
-    let supported = "whole loads of 16 bytes, 2 to 32 of them, values as long as keys";
-    for head_dim in [problem.head_dim, problem.value_dim] {
-        let loads = head_dim / width_of(problem);
-        let whole = head_dim.is_multiple_of(width_of(problem)) && (2..=PLANE_UNITS).contains(&loads);
-        if !whole || head_dim != problem.head_dim {
-            return Err(Refusal::HeadDim { head_dim, supported });
-        }
-    }
-    Ok(())
-}
-
-/// Whether it can read a cache that lies like this. Those of this crate do.
-pub(super) fn takes(cache: &CacheView<'_>) -> Result<(), Refusal> {
-    if width([cache.key, cache.value]) < 16 / cache.key.element().size() {
-        let layout = "keys or values that do not begin at multiples of 16 bytes";
-        return Err(Refusal::Layout { tensor: "the cache", layout });
-    }
-    Ok(())
-}
-
-/// Launches the kernel. Everything has been checked.
-pub(super) fn launch(plan: &DecodePlan, client: &Client, cache: &CacheView<'_>, step: &Step<'_>) {
-    let blueprint = Blueprint::new(&plan.problem, step.routes.is_some());
-    let cubes = plan.policy.workers.div_ceil(PLANES) as u32;
-    // SAFETY: as for the portable routine.
-    unsafe {
-        attend_kernel::launch_unchecked(
-            client,
-            CubeCount::Static(cubes, 1, 1),
-            CubeDim::new_1d(PLANE * PLANES as u32),
-            elements(step.query),
-            elements(cache.key),
-            elements(cache.value),
-            words(cache.tables),
-            words(cache.slots),
-            plan.routes(step),
-            words(step.reaches.rules()),
-            words(&plan.needs),
-            words(&plan.sums),
-            words(&plan.outs),
-            strides(step.query),
-            plan.places(cache),
-            plan.numbers(step),
-            blueprint,
-            plan.problem.element.into(),
-            blueprint.width,
-        );
-    }
-}
 
 /// A plane's place in its tile: `group` counts the keys that lie side by side, `part` the lanes of a key. After products are
 /// summed, a lane holds scores of one row, `row`, of `scores` loads from `load` on.
@@ -248,12 +107,42 @@ fn sum_products(products: &mut Array<f32>, part: u32, #[comptime] blueprint: Blu
     }
 }
 
-/// Folds the needed keys `next..end`, at most as many as are loaded at once, into the tile. With `masked`, rows see only what their
-/// rule shows; a key that a row does not see cannot touch it, NaN or not.
+/// The products of every row's query and the keys that were loaded, summed over the lanes of a key: what a lane holds of
+/// them then comes first.
+#[cube]
+fn products_of<E: Float, N: Size>(
+    tile: &Tile,
+    key: &Array<Vector<E, N>>,
+    part: u32,
+    #[comptime] blueprint: Blueprint,
+) -> Array<f32> {
+    let rows = comptime![blueprint.rows];
+    let width = comptime![blueprint.width];
+    let loads = comptime![blueprint.loads];
+    let mut products = Array::<f32>::new(comptime![rows * loads]);
+    #[unroll]
+    for load in 0..loads {
+        let k = Vector::<f32, N>::cast_from(key[load]);
+        #[unroll]
+        for row in 0..rows {
+            let mut sum = 0.0f32;
+            #[unroll]
+            for i in 0..width {
+                sum = fma(tile.query[row * width + i], k.extract(i), sum);
+            }
+            products[row * loads + load] = sum;
+        }
+    }
+    sum_products(&mut products, part, blueprint);
+    products
+}
+
+/// Folds the needed keys `next..end`, at most as many as are loaded at once, into the tile by their products. With `masked`,
+/// rows see only what their rule shows; a key that a row does not see cannot touch it, NaN or not.
 #[cube]
 fn fold<E: Float, N: Size>(
     tile: &mut Tile,
-    key: &Array<Vector<E, N>>,
+    products: &mut Array<f32>,
     value: &Array<Vector<E, N>>,
     list: &List,
     next: u32,
@@ -271,23 +160,7 @@ fn fold<E: Float, N: Size>(
     let scores = comptime![blueprint.scores()];
     let keys_at_once = comptime![blueprint.keys_at_once() as u32];
 
-    let mut products = Array::<f32>::new(comptime![rows * loads]);
-    #[unroll]
-    for load in 0..loads {
-        let k = Vector::<f32, N>::cast_from(key[load]);
-        #[unroll]
-        for row in 0..rows {
-            let mut sum = 0.0f32;
-            #[unroll]
-            for i in 0..width {
-                sum = fma(tile.query[row * width + i], k.extract(i), sum);
-            }
-            products[row * loads + load] = sum;
-        }
-    }
-    sum_products(&mut products, lane.part, blueprint);
-
-    // From here on a lane works for the row and the loads whose scores it holds.
+    // A lane works for the row and the loads whose scores it holds.
     let mut seen = Array::<bool>::new(scores);
     let mut maximum = tile.maximum[0];
     #[unroll]
@@ -352,6 +225,41 @@ fn fold<E: Float, N: Size>(
     }
 }
 
+/// Where this lane's vectors of the keys from the `next`-th on begin. Beyond the last it is the last again.
+#[cube]
+fn find(
+    at: &mut Array<u32>,
+    list: &List,
+    next: u32,
+    end: u32,
+    lane: &Lane,
+    vector: u32,
+    tables: &[u32],
+    places: &Places,
+    #[comptime] blueprint: Blueprint,
+) {
+    let vectors = comptime![(blueprint.head_dim / blueprint.width) as u32];
+    let keys_at_once = comptime![blueprint.keys_at_once() as u32];
+    #[unroll]
+    for load in 0..comptime![blueprint.loads] {
+        let n = min(next + comptime![load as u32] * keys_at_once + lane.group, end - 1u32);
+        at[load] = pool_row(list, n, tables, places) * vectors + vector;
+    }
+}
+
+#[cube]
+fn load<E: Float, N: Size>(
+    to: &mut Array<Vector<E, N>>,
+    from: &[Vector<E, N>],
+    at: &Array<u32>,
+    #[comptime] loads: usize,
+) {
+    #[unroll]
+    for i in 0..loads {
+        to[i] = from[at[i] as usize];
+    }
+}
+
 /// Attends one chunk of a list's keys.
 #[cube]
 fn attend_chunk<E: Float, N: Size>(
@@ -375,7 +283,6 @@ fn attend_chunk<E: Float, N: Size>(
     let width = comptime![blueprint.width];
     let loads = comptime![blueprint.loads];
     let vectors = comptime![(blueprint.head_dim / blueprint.width) as u32];
-    let keys_at_once = comptime![blueprint.keys_at_once() as u32];
     let count = rows_in(list.list, numbers);
     // Lanes beyond the last vector of a key load that one again, with queries of 0.
     let vector = min(lane.part, vectors - 1u32);
@@ -406,35 +313,58 @@ fn attend_chunk<E: Float, N: Size>(
 
     let mut next = chunk * numbers.chunk;
     let end = min(next + numbers.chunk, list.keys);
+    let mut at = Array::<u32>::new(loads);
+    let mut k = Array::<Vector<E, N>>::new(loads);
+    let mut v = Array::<Vector<E, N>>::new(loads);
+    find(&mut at, list, next, end, lane, vector, tables, places, blueprint);
+    load::<E, N>(&mut k, key, &at, loads);
+    load::<E, N>(&mut v, value, &at, loads);
     while next < end {
-        let last = next + comptime![(loads * blueprint.keys_at_once() - 1) as u32];
-        let mut k = Array::<Vector<E, N>>::new(loads);
-        let mut v = Array::<Vector<E, N>>::new(loads);
-        let mut at = Array::<u32>::new(loads);
-        #[unroll]
-        for load in 0..loads {
-            let n = min(next + comptime![load as u32] * keys_at_once + lane.group, end - 1u32);
-            at[load] = pool_row(list, n, tables, places) * vectors + vector;
-        }
-        #[unroll]
-        for load in 0..loads {
-            k[load] = key[at[load] as usize];
-        }
-        #[unroll]
-        for load in 0..loads {
-            v[load] = value[at[load] as usize];
+        let mut products = products_of::<E, N>(&tile, &k, lane.part, blueprint);
+        // Registers whose contents have been used take what comes next, so that memory always has something to do.
+        let following = next + comptime![(loads * blueprint.keys_at_once()) as u32];
+        if following < end {
+            find(&mut at, list, following, end, lane, vector, tables, places, blueprint);
+            load::<E, N>(&mut k, key, &at, loads);
         }
         // Where the rows of all lanes see all of the keys, nothing is masked.
         let lowest = position_of(list, next) as i32;
-        let highest = position_of(list, last) as i32;
-        let whole = last < end && next >= list.sinks;
+        let highest = position_of(list, following - 1u32) as i32;
+        let whole = following <= end && next >= list.sinks;
         let beyond = lowest > rule.low || highest < rule.sinks;
         if plane_all(whole && beyond && highest <= rule.last && lowest >= rule.skip) {
-            fold::<E, N>(&mut tile, &k, &v, list, next, end, lane, &rule, numbers, false, blueprint);
+            fold::<E, N>(
+                &mut tile,
+                &mut products,
+                &v,
+                list,
+                next,
+                end,
+                lane,
+                &rule,
+                numbers,
+                false,
+                blueprint,
+            );
         } else {
-            fold::<E, N>(&mut tile, &k, &v, list, next, end, lane, &rule, numbers, true, blueprint);
+            fold::<E, N>(
+                &mut tile,
+                &mut products,
+                &v,
+                list,
+                next,
+                end,
+                lane,
+                &rule,
+                numbers,
+                true,
+                blueprint,
+            );
         }
-        next = last + 1u32;
+        if following < end {
+            load::<E, N>(&mut v, value, &at, loads);
+        }
+        next = following;
     }
 
     // Keys that lay side by side were summed apart.
@@ -476,7 +406,7 @@ fn attend_chunk<E: Float, N: Size>(
 
 /// One plane, one worker.
 #[cube(launch_unchecked)]
-pub(super) fn attend_kernel<E: Float, N: Size>(
+pub(in crate::step) fn attend_kernel<E: Float, N: Size>(
     query: &[E],
     key: &[Vector<E, N>],
     value: &[Vector<E, N>],
