@@ -1,7 +1,7 @@
 //! What caches and decode steps satisfy.
 
 use bifocal::{
-    Element, Partial, Problem, Reach, RouteGeometry, Routes, Routine, Rows, Tensor, Window,
+    Element, INVALID_ROUTE, Partial, Problem, Reach, RouteGeometry, Routes, Routine, Rows, Tensor, Window,
     cubecl::client::Client,
     decode::{DecodePlan, KvCache, KvShape, Layout, Reaches, SequenceId, Snapshot, Step},
 };
@@ -64,7 +64,7 @@ pub(crate) const PROPERTIES: &[Property] = &[
     },
     Property {
         name: "decode_never_sees_what_it_should_not",
-        claim: "a NaN key or value reaches exactly the rows that see it",
+        claim: "a NaN key or value reaches exactly the rows that see it, and an invalid route those of its own",
         applies: everywhere,
         one_in: 1,
         run: decode_never_sees_what_it_should_not,
@@ -330,7 +330,7 @@ fn reach_by<'a>(
     routes: &'a HostRoutes,
 ) -> impl Fn(usize, usize, usize) -> Option<Reach> + 'a {
     move |b, h, t| match step.routed() {
-        true => step.reaches[usize::from(routes.at(step.case.heads(), b, h, t))],
+        true => step.reaches.get(usize::from(routes.at(step.case.heads(), b, h, t))).copied().flatten(),
         false => step.reaches[0],
     }
 }
@@ -523,13 +523,22 @@ fn decode_never_sees_what_it_should_not(device: &Device, effort: Effort) -> Resu
         let data = Data::new(&Case { key_len: 1, ..case.clone() });
         let scene = run(Scene::with_tokens(client, &step, layout, tokens, data))?;
         let plan = run(plan_of(client, &step, layout, case.batch))?;
-        let routes = routes_of(&step, 0);
-        let uploaded = run(routes.upload(client))?;
+        let mut routes = routes_of(&step, 0);
+        let spoilt = at.index(routes.routes.len());
+        routes.routes[spoilt] = INVALID_ROUTE;
+        let uploaded = run(routes.upload_unchecked(client))?;
         let read = run(scene.attend(client, &step, &plan, step.routed().then_some(&uploaded)))?;
         let expected = scene.expected(&step, reach_by(&step, &routes));
         for (at, (&x, &y)) in expected.exact.out.as_slice().iter().zip(&read.out).enumerate() {
-            if x.is_nan() != y.is_nan() {
-                return Err(format!("output {at} is {y}, expected {x}"));
+            let row = at / case.value_dim;
+            let (b, h, t) = (
+                row / case.query_len / case.heads(),
+                row / case.query_len % case.heads(),
+                row % case.query_len,
+            );
+            let invalid = step.routed() && routes.at(case.heads(), b, h, t) == INVALID_ROUTE;
+            if (x.is_nan() || invalid) != y.is_nan() {
+                return Err(format!("output {at} is {y}, expected {x}, invalid: {invalid}"));
             }
         }
         Ok(())
