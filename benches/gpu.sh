@@ -46,6 +46,13 @@ bench 128-backward-mma --heads 16 --head-dim 128 --lengths 4096,16384 --cases fu
 bench 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed --backward
 bench 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed --backward
 
+# Decode: dense, windowed, AHA by several shares; batch and latency, grouped queries, pages.
+decode() { ./bifocal bench decode --device cuda --element bf16 --head-dim 128 --runs 21 "${@:2}" --json "results/decode-$1.json"; }
+for batch in 1 8 32; do decode "aha-$batch" --batch $batch --heads 16 --lengths 8192,32768 --far-share 0.1,0.3; done
+for batch in 1 8; do decode "grouped-$batch" --batch $batch --heads 32 --kv-heads 8 --lengths 4096,32768; done
+decode paged --batch 8 --heads 32 --kv-heads 8 --lengths 32768 --page-size 16
+decode speculative --batch 8 --heads 32 --kv-heads 8 --lengths 32768 --queries 4
+
 # Others, at the same shapes.
 peers() { python3 peers/torch_cuda.py "${@:2}" --json "results/torch-$1.json"; }
 dense=sdpa_flash,sdpa_cudnn

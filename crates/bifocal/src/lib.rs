@@ -34,6 +34,7 @@
 
 mod aha;
 mod cache;
+pub mod decode;
 mod l2a;
 mod logo;
 mod multi_window;

@@ -1,4 +1,6 @@
-//! `bifocal bench`: the operators at chosen shapes.
+//! `bifocal bench`: the operators at chosen shapes; `bifocal bench decode`: decode steps.
+
+mod decode;
 
 use std::{
     path::PathBuf,
@@ -12,7 +14,7 @@ use bifocal::{
     MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Reach, Router, Rows,
     Saved, Tensor, Window, Windowed, cubecl,
 };
-use clap::{Args, ValueEnum};
+use clap::{Args, Subcommand, ValueEnum};
 use cubecl::{MemoryScope, client::Client};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -32,7 +34,10 @@ const SAMPLE: Duration = Duration::from_millis(4);
 const BURST: u32 = 64;
 
 #[derive(Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub(crate) struct Options {
+    #[command(subcommand)]
+    what: Option<What>,
     /// The device to time.
     #[arg(long, default_value = "cpu")]
     device: DeviceName,
@@ -62,6 +67,12 @@ pub(crate) struct Options {
     /// Write the timings as JSON to this file (`-` for standard output).
     #[arg(long, value_name = "FILE")]
     json: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+enum What {
+    /// Time decode steps over a full cache, by the bytes that they need.
+    Decode(Box<decode::Options>),
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -112,6 +123,9 @@ const CASES: [CaseName; 10] = [
 ];
 
 pub(crate) fn run(options: &Options) -> Result<()> {
+    if let Some(What::Decode(options)) = &options.what {
+        return decode::run(options);
+    }
     let client = bifocal::open(options.device.as_str())?;
     let shape = &options.shape;
     let cases =
@@ -410,11 +424,12 @@ impl<'a> Bench<'a> {
         let estimate = wall(client, || call(&self.sets[self.sets.len() - 1]))?;
         // Short calls are timed several at once, as a model makes them: alone, the host's part would show.
         let calls = (SAMPLE.as_secs_f64() / estimate.as_secs_f64()).ceil().clamp(1.0, 32.0) as usize;
+        let cpu = self.options.device == DeviceName::Cpu;
         let mut turns = self.sets.iter().cycle();
         let mut times: Vec<Duration> = (0..self.options.runs)
             .map(|_| {
                 let turns: Vec<&Set> = turns.by_ref().take(calls).collect();
-                let time = self.measure(|| turns.into_iter().try_for_each(&call))?;
+                let time = measure(client, cpu, || turns.into_iter().try_for_each(&call))?;
                 Ok(time / calls as u32)
             })
             .collect::<Result<_>>()?;
@@ -505,20 +520,6 @@ impl<'a> Bench<'a> {
         backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)?;
         look();
         Ok(())
-    }
-
-    /// Device events on a GPU; the clock around launch and completion on a CPU, whose launches are its work.
-    fn measure(&self, call: impl FnOnce() -> bifocal::Result<()> + Send) -> Result<Duration> {
-        if self.options.device == DeviceName::Cpu {
-            return wall(self.client, call);
-        }
-        let (called, duration) = self
-            .client
-            .profile(call, "bench")
-            .map_err(|error| anyhow::anyhow!("cannot time on this device: {error:?}"))?;
-        called?;
-        let ticks = cubecl::future::block_on(duration.resolve()).context("the device gave no time stamps")?;
-        Ok(ticks.duration())
     }
 
     /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients
@@ -642,6 +643,23 @@ impl<'a> Bench<'a> {
             CaseName::Rattention => attention,
         }
     }
+}
+
+/// Device events on a GPU; the clock around launch and completion on a CPU, whose launches are its work.
+fn measure(
+    client: &Client,
+    cpu: bool,
+    call: impl FnOnce() -> bifocal::Result<()> + Send,
+) -> Result<Duration> {
+    if cpu {
+        return wall(client, call);
+    }
+    let (called, duration) = client
+        .profile(call, "bench")
+        .map_err(|error| anyhow::anyhow!("cannot time on this device: {error:?}"))?;
+    called?;
+    let ticks = cubecl::future::block_on(duration.resolve()).context("the device gave no time stamps")?;
+    Ok(ticks.duration())
 }
 
 /// Time from the call until the device is idle again.

@@ -95,6 +95,33 @@ fn bench_and_compare_understand_each_other() {
     assert!(error.contains("out.md is not what a benchmark writes"), "{error}");
 }
 
+#[test]
+fn decode_is_timed_by_the_bytes_that_it_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    let bench = ["bench", "decode", "--runs", "1", "--window", "16", "--far-share", "0.25", "--batch", "2"];
+    for pages in [&[][..], &["--page-size", "16"]] {
+        let report = json(folder.path(), &[&bench[..], &SMALL[..], pages, &["--json", "-"]].concat());
+        let timings = report["timings"].as_array().unwrap();
+        let bytes = |case: &str, length: usize| {
+            let found = timings.iter().find(|timing| timing["case"] == case && timing["length"] == length);
+            found.expect("a timing")["bytes"].as_u64().unwrap()
+        };
+        // Four kv heads of all sequences, f32 keys and values of 32; 8 queries and outputs.
+        let of = |keys: u64| 2 * (keys + 8) * 32 * 4;
+        for length in [128, 256] {
+            assert_eq!(bytes("full", length), of(4 * length as u64));
+            assert_eq!(bytes("window", length), of(4 * 16));
+            assert_eq!(bytes("off", length), of(0));
+            // Two of eight heads look far: in one kv head or in two.
+            let far = |kv_heads: u64| of(kv_heads * length as u64 + (4 - kv_heads) * 16);
+            assert!([far(1), far(2)].contains(&bytes("aha", length)));
+        }
+    }
+    let error =
+        bifocal(folder.path(), &["bench", "decode", "--queries", "17", "--lengths", "64"]).unwrap_err();
+    assert!(error.contains("query length of a step is 17, expected 1 to 16"), "{error}");
+}
+
 /// A text and the settings of a tiny run on it.
 fn tiny_run(folder: &Path) {
     std::fs::write(folder.join("text.md"), "near vision and far vision in one lens. ".repeat(60)).unwrap();

@@ -158,6 +158,50 @@ pub enum Error {
         /// How many are possible.
         limit: u128,
     },
+    /// A cache of keys and values has no room left.
+    #[error("the cache is full: {needed} {what} needed, {free} free")]
+    CacheFull {
+        /// What it has run out of.
+        what: &'static str,
+        /// How many are needed.
+        needed: usize,
+        /// How many there are.
+        free: usize,
+    },
+    /// A sequence was freed, or belongs to another cache.
+    #[error("{sequence} is not in this cache: it was freed, or is another cache's")]
+    UnknownSequence {
+        /// Which sequence.
+        sequence: String,
+    },
+    /// A page table names a page that is not there.
+    #[error("entry {at} of the page table of sequence {sequence} is {found}, expected 0..{pages}")]
+    PageOutOfRange {
+        /// Where: the sequence.
+        sequence: usize,
+        /// Where: the entry.
+        at: usize,
+        /// The entry.
+        found: u32,
+        /// How many pages there are.
+        pages: usize,
+    },
+    /// Keys are asked for that a ring has overwritten.
+    #[error("keys from position {needed} on are needed, the ring has overwritten those before {first}")]
+    Overwritten {
+        /// The first position that is needed.
+        needed: usize,
+        /// The first position that is still there.
+        first: usize,
+    },
+    /// A saved sequence cannot be read, or was saved from a cache of another shape.
+    #[error("the snapshot {found}, expected {expected}")]
+    Snapshot {
+        /// What it is.
+        found: String,
+        /// What it should be.
+        expected: String,
+    },
     /// No routine of an operator can run the problem on the device.
     #[error("no routine of {operator} can run this problem here: {refusals}")]
     Refused {

@@ -11,7 +11,7 @@
 //! [`linear_attention`] and [`norm_sum`]; [`Qada`] decides by what it remembers of keys, their [`Moments`]. The way back:
 //! [`attention_backward`] for queries, keys
 //! and values, [`gate_backward`] or [`choice_backward`] and then [`linear_backward`] for routers, and the penalties on
-//! scores with their gradients.
+//! scores with their gradients. Step by step: [`KvModel`], a cache of keys and values.
 //!
 //! ```
 //! use bifocal_core::{Reach, Window};
@@ -36,6 +36,7 @@
 mod array;
 mod attention;
 mod backward;
+mod cache;
 mod combine;
 mod layers;
 mod linear_attention;
@@ -55,6 +56,7 @@ mod samples;
 pub use array::Array;
 pub use attention::{Options, Partial, attention, attention_where};
 pub use backward::{Gradients, attention_backward, attention_backward_where};
+pub use cache::KvModel;
 pub use combine::{mask, merge, mix, select};
 pub use layers::{
     AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm, RattentionLayer,

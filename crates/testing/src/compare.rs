@@ -44,20 +44,21 @@ impl Expected {
         data: &Data,
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Self {
-        let exact = data.oracle(|weight| weight, &reach_of);
-        Self::of(case, data, exact, data.oracle(case.round_weight(), &reach_of))
+        let exact: reference::Partial<f64> = data.oracle(|weight| weight, &reach_of);
+        let plain: reference::Partial<f32> = data.oracle(case.round_weight(), &reach_of);
+        Self::of(case, &data.value, exact, &plain)
     }
 
-    /// [`new`](Self::new) from the answers in f64 and in f32.
+    /// The oracle's answer, and the same computation in f32, to be told apart by where keys and values of a case come from.
     pub(crate) fn of(
         case: &Case,
-        data: &Data,
+        value: &[f32],
         exact: reference::Partial<f64>,
-        plain: reference::Partial<f32>,
+        plain: &reference::Partial<f32>,
     ) -> Self {
         let out_element = case.out_element();
         let plain_out = plain.out.as_slice().iter().map(|&x| round(out_element, x));
-        let largest = data.value.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
+        let largest = value.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
         // Scores are about this large, and each carries a rounding error in proportion.
         let score = 1.0 + f64::from(case.magnitude) * (case.head_dim as f64).sqrt();
         let roundings = 8.0 * Element::F32.epsilon() * score;
@@ -68,6 +69,11 @@ impl Expected {
                 + roundings,
             exact,
         }
+    }
+
+    /// The larger of what outputs and log-sum-exps may be off by.
+    pub(crate) fn tolerance(&self) -> f64 {
+        self.out_tolerance.max(self.lse_tolerance)
     }
 
     /// Whether a kernel's answer is within tolerance everywhere; NaN and infinities have to match exactly.

@@ -273,11 +273,16 @@ impl HostRoutes {
 
     /// [`upload`](Self::upload) as a kernel would have written them: routes that name no reach are let through.
     pub(crate) fn upload_unchecked(&self, client: &Client) -> bifocal::Result<Routes> {
+        Routes::from_device(client, self.geometry, client.create_from_slice(&self.padded()))
+    }
+
+    /// The bytes of the routes in device memory.
+    pub(crate) fn padded(&self) -> Vec<u8> {
         let mut bytes = vec![0; self.geometry.bytes()];
         let rows = bytes.chunks_mut(self.geometry.pitch()).zip(self.routes.chunks(self.geometry.tokens));
         for (row, tokens) in rows {
             row[..tokens.len()].copy_from_slice(tokens);
         }
-        Routes::from_device(client, self.geometry, client.create_from_slice(&bytes))
+        bytes
     }
 }

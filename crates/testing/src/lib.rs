@@ -11,6 +11,7 @@ mod attention;
 mod backward;
 mod case;
 mod compare;
+mod decode;
 mod gradients;
 mod inputs;
 mod linear;
@@ -103,10 +104,11 @@ impl Property {
 }
 
 /// Every property, in the order of the data's way: routers, plans, operators, combinations, systems; then packed
-/// sequences, QAdA and mixes; then the way back; then linear attention; last, the instructions that kernels are made of.
+/// sequences, QAdA and mixes; then caches and decode steps; then the way back; then linear attention; last, the instructions
+/// that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
-    let systems = [moments::PROPERTIES, mixes::PROPERTIES];
+    let systems = [moments::PROPERTIES, mixes::PROPERTIES, decode::PROPERTIES];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
     let last = [linear::PROPERTIES, tensor_cores::PROPERTIES];
     forward.into_iter().chain(systems).chain(backward).chain(last).flatten()

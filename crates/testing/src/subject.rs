@@ -69,7 +69,7 @@ fn expected(
     let exact = subject.oracle(&q, &k, &v, options, &computed);
     let (options, [q, k, v]) = data.arrays::<f32>(case.round_weight());
     let plain = subject.oracle(&q, &k, &v, options, &computed);
-    Expected::of(case, data, exact, plain)
+    Expected::of(case, &data.value, exact, &plain)
 }
 
 fn attend(subject: &impl Subject, device: &Device, case: &Case, on: &OnDevice) -> Result<Read, String> {

@@ -89,6 +89,13 @@ on_every_device! {
     tau_goes_from_near_to_full
     soft_gates_equal_the_oracle
     static_heads_equal_the_oracle
+    caches_equal_their_model
+    decode_equals_the_oracle
+    decode_is_the_end_of_prefill
+    layouts_agree_bit_for_bit
+    neighbours_do_not_matter
+    gates_flip_between_steps
+    decode_never_sees_what_it_should_not
     products_of_rows_are_plain_sums
     gradients_equal_the_oracle
     a_nan_reaches_no_other_gradient
