@@ -63,8 +63,8 @@ pub fn mix(
     RouteGeometry::new(batch, router_heads, tokens, 2)?.check(problem)?;
     weights.check("the mixing weights", client, [batch, router_heads, tokens], Element::F32)?;
     weights.check_contiguous("the mixing weights")?;
-    let rows = problem.batch * problem.heads * problem.query_len;
-    let (cubes, units) = grid(client, rows);
+    let rows = HostRows::new(problem, router_heads);
+    let (cubes, units) = grid(client, rows.rows);
     // SAFETY: as in `merge`.
     unsafe {
         mix_kernel::launch_unchecked(
@@ -74,13 +74,7 @@ pub fn mix(
             elements(weights),
             elements(far.out.view()),
             elements(into.out.view()),
-            RowsLaunch::new(
-                rows as u32,
-                problem.query_len as u32,
-                problem.heads as u32,
-                router_heads as u32,
-                problem.value_dim as u32,
-            ),
+            rows.launch(),
             [far.out.element().into(), into.out.element().into()],
         );
     }
@@ -171,6 +165,16 @@ struct HostRows {
 }
 
 impl HostRows {
+    fn new(problem: &Problem, router_heads: usize) -> Self {
+        Self {
+            rows: problem.batch * problem.heads * problem.query_len,
+            tokens: problem.query_len,
+            heads: problem.heads,
+            router_heads,
+            dim: problem.value_dim,
+        }
+    }
+
     fn launch(&self) -> RowsLaunch {
         RowsLaunch::new(
             self.rows as u32,
@@ -196,14 +200,7 @@ fn check_routed(
     if reach >= geometry.reaches {
         return Err(Error::option("reach", reach, format!("0..{}", geometry.reaches)));
     }
-    let rows = HostRows {
-        rows: problem.batch * problem.heads * problem.query_len,
-        tokens: problem.query_len,
-        heads: problem.heads,
-        router_heads: geometry.heads,
-        dim: problem.value_dim,
-    };
-    Ok((geometry, rows))
+    Ok((geometry, HostRows::new(problem, geometry.heads)))
 }
 
 fn check(client: &Client, problem: &Problem, partial: &Partial) -> Result<()> {
