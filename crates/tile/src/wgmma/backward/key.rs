@@ -16,7 +16,7 @@ use super::rows::{
 };
 use crate::{
     mma::backward::{
-        key::redo,
+        key::redo_key,
         parts::{add_row, pack},
     },
     portable::Strides,
@@ -291,7 +291,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 let lower = select(r < 16u32, odd[1], odd[3]);
                 let row = r % 16u32;
                 if plane_shuffle(select(row < 8u32, upper, lower), (row % 8u32) * 4u32) > 0u32 {
-                    redo::<E>(
+                    redo_key::<E>(
                         r >= 16u32,
                         list_index,
                         start + warp_key + row,
