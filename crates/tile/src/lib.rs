@@ -1,12 +1,13 @@
 //! The online-softmax tile engine: one kernel per routine, specialised at compile time by what a row may see
 //! ([`Reach`](bifocal_core::Reach)) and by how rows are found (all of them, or those of a dispatch plan).
 //!
-//! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`] and [`backward`]. A routine is a folder: its blueprint says
-//! which tile a problem gets, and is data; its kernel says how a tile is computed, and is mechanism. What the
-//! routines on tensor cores share is in `tensor_core`.
+//! `bifocal-windowed` and `bifocal-full` are thin choices over [`attend`] and [`backward`], made by [`operator!`]. A routine is
+//! a folder: its blueprint says which tile a problem gets, and is data; its kernel says how a tile is computed, and is
+//! mechanism. What the routines on tensor cores share is in `tensor_core`.
 
 mod engine;
 mod mma;
+mod operator;
 mod portable;
 mod rows;
 mod sinks;
