@@ -82,3 +82,43 @@ pub(crate) fn one_each(reaches: usize, branches: &[&dyn AttentionOperator]) -> R
     }
     Ok(())
 }
+
+/// Attention by a system's `branches`, one per reach.
+macro_rules! selecting {
+    ($system:ty) => {
+        impl $system {
+            /// Attends by routes `[B, R, T]`, which name one of the [`branches`](Self::branches) each, into a new partial of
+            /// the inputs' type.
+            ///
+            /// # Errors
+            /// As [`attend_selected`](crate::attend_selected).
+            pub fn attend(
+                &self,
+                client: &cubecl::client::Client,
+                problem: &crate::Problem,
+                inputs: &crate::Inputs<'_>,
+                routes: &crate::Routes,
+            ) -> crate::Result<crate::Partial> {
+                let partial = crate::Partial::empty(client, problem, problem.element);
+                self.attend_into(client, problem, inputs, routes, &partial)?;
+                Ok(partial)
+            }
+
+            /// Attends into `partial`, every row of which is written.
+            ///
+            /// # Errors
+            /// As [`attend_selected`](crate::attend_selected).
+            pub fn attend_into(
+                &self,
+                client: &cubecl::client::Client,
+                problem: &crate::Problem,
+                inputs: &crate::Inputs<'_>,
+                routes: &crate::Routes,
+                partial: &crate::Partial,
+            ) -> crate::Result<()> {
+                crate::attend_selected(client, problem, inputs, routes, &self.branches(), partial)
+            }
+        }
+    };
+}
+pub(crate) use selecting;
