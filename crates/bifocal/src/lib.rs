@@ -42,7 +42,7 @@ pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use multi_window::MultiWindow;
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
-pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
+pub use straight_through::{attend_every, choice_gradient, gate_gradient};
 pub use tuning::settle_within;
 
 pub use bifocal_core::{

@@ -44,7 +44,7 @@ pub fn attend_planned(
     branches: &[&dyn AttentionOperator],
     partial: &Partial,
 ) -> Result<()> {
-    one_each(plan.reaches(), branches)?;
+    one_each(plan.reaches(), branches.len())?;
     for (reach, branch) in branches.iter().enumerate() {
         branch.attend(client, problem, inputs, plan.rows(reach)?, partial)?;
     }
@@ -68,7 +68,7 @@ pub fn backward_selected(
     saved: &Saved<'_>,
     gradients: &Gradients,
 ) -> Result<()> {
-    one_each(plan.reaches(), branches)?;
+    one_each(plan.reaches(), branches.len())?;
     for (reach, branch) in branches.iter().enumerate() {
         branch.backward(client, problem, inputs, plan.rows(reach)?, saved, gradients)?;
     }
@@ -76,9 +76,9 @@ pub fn backward_selected(
 }
 
 /// Checks that there is one branch per reach.
-pub(crate) fn one_each(reaches: usize, branches: &[&dyn AttentionOperator]) -> Result<()> {
-    if reaches != branches.len() {
-        return Err(Error::option("reaches of the routes", reaches, branches.len().to_string()));
+pub(crate) fn one_each(reaches: usize, branches: usize) -> Result<()> {
+    if reaches != branches {
+        return Err(Error::option("reaches of the routes", reaches, branches.to_string()));
     }
     Ok(())
 }
