@@ -167,31 +167,27 @@ pub fn attend(
     let profile = DeviceProfile::of(client);
     let mut refusals = Vec::new();
     for routine in Routine::ALL {
-        let refusal = match (supports(routine, problem, &profile), routine) {
-            (Err(refusal), _) => refusal,
-            (Ok(()), Routine::Wgmma) => match wgmma::takes(inputs, partial) {
-                Ok(()) => {
-                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                    wgmma::launch(client, &profile, problem, inputs, &work, partial);
-                    return Ok(routine);
-                }
-                Err(refusal) => refusal,
-            },
-            (Ok(()), Routine::Mma) => match mma::takes(inputs, partial) {
-                Ok(()) => {
-                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                    mma::launch(client, problem, inputs, &work, partial);
-                    return Ok(routine);
-                }
-                Err(refusal) => refusal,
-            },
-            (Ok(()), _) => {
+        let takes = supports(routine, problem, &profile).and_then(|()| match routine {
+            Routine::Wgmma => wgmma::takes(inputs, partial),
+            Routine::Mma => mma::takes(inputs, partial),
+            _ => Ok(()),
+        });
+        match takes {
+            Ok(()) => {
                 let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                portable::launch(client, &profile, problem, inputs, &work, partial);
+                match routine {
+                    Routine::Wgmma => {
+                        wgmma::launch(client, &profile, problem, inputs, &work, partial);
+                    }
+                    Routine::Mma => {
+                        mma::launch(client, problem, inputs, &work, partial);
+                    }
+                    _ => portable::launch(client, &profile, problem, inputs, &work, partial),
+                }
                 return Ok(routine);
             }
-        };
-        refusals.push((routine, refusal));
+            Err(refusal) => refusals.push((routine, refusal)),
+        }
     }
     Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }
