@@ -1,8 +1,11 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Gradients, Inputs, Partial, Rows, Saved, Sequences},
+    device::{
+        Gradients, Inputs, Partial, Rows, Saved, Sequences,
+        launch::{elements, words},
+    },
 };
-use cubecl::{client::Client, server::Handle};
+use cubecl::{client::Client, prelude::BufferArg, server::Handle};
 
 use crate::{
     mma, portable, rows::Sight, sinks, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma,
@@ -137,6 +140,23 @@ impl<'a> Work<'a> {
             return Err(Error::TooLarge { what: "work items", size: work.max_items as u128, limit });
         }
         Ok(work)
+    }
+
+    /// The bounds of every query token; any buffer where the batch is not ragged.
+    pub(crate) fn bounds(&self) -> BufferArg {
+        words(self.sequences.unwrap_or(self.items))
+    }
+
+    /// The sink logits of the inputs; any buffer where they have none.
+    ///
+    /// # Safety
+    /// The inputs have passed [`Inputs::check`].
+    pub(crate) unsafe fn sink_logits(&self, inputs: &Inputs<'_>) -> BufferArg {
+        match inputs.sink_logits {
+            // SAFETY: the caller's.
+            Some(sinks) => unsafe { elements(sinks) },
+            None => words(self.items),
+        }
     }
 
     pub(crate) fn sight(&self) -> Sight {

@@ -5,6 +5,7 @@
 //! a folder: its blueprint says which tile a problem gets, and is data; its kernel says how a tile is computed, and is
 //! mechanism. What the routines on tensor cores share is in `tensor_core`.
 
+mod arguments;
 mod engine;
 mod mma;
 mod operator;
