@@ -25,12 +25,8 @@ pub use wgmma::products;
 /// # Errors
 /// What CubeCL's compiler has to say.
 pub fn sources(part: &str) -> impl Iterator<Item = Result<(String, String), String>> + '_ {
-    let wgmma = wgmma::sources().filter(move |(name, _)| name.contains(part));
-    let mma = mma::sources().filter(move |(name, _)| name.contains(part));
-    let backward = wgmma::backward::sources().chain(mma::backward::sources());
-    let backward = backward.filter(move |(name, _)| name.contains(part));
-    wgmma
-        .map(|(name, source)| source().map(|source| (name, source)))
-        .chain(mma.map(|(name, source)| source().map(|source| (name, source))))
-        .chain(backward.map(|(name, source)| source().map(|source| (name, source))))
+    let forward = wgmma::sources().chain(mma::sources());
+    let all = forward.chain(wgmma::backward::sources()).chain(mma::backward::sources());
+    let asked_for = all.filter(move |(name, _)| name.contains(part));
+    asked_for.map(|(name, source)| source().map(|source| (name, source)))
 }

@@ -29,13 +29,13 @@ pub(crate) use self::redo::redo_key;
 use self::step::{
     DELTAS, EXPONENTS, FIRSTS, POSITIONS, Warp, copy_step, hide, note, pairs_noted, slopes, weigh,
 };
-use super::parts::{add_row, exponent_of, key_start, pack, row_of_id};
+use super::parts::{add_row, exponent_of, pack, row_of_id};
 use crate::{
+    arguments::BackwardTensors,
     mma::{
-        copies::{Source, Tile, copy_tile},
+        copies::{Tile, copy_tile, source_of},
         ptx,
     },
-    portable::Strides,
     rows::{INVALID_ROW, List, bounds_of_row, entries_that_see, row_of},
     tensor_core::{
         Blueprint, Numbers, SWIZZLE,
@@ -57,28 +57,17 @@ const TAKEN: u32 = 2;
 /// warp.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, E>,
     rows: &[u32],
     list_counts: &[u32],
     sequences: &[u32],
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     scale: f32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
-    #[define(WS)] _scores: usize,
-    #[define(WP)] _weights: usize,
-    #[define(WO)] _sums: usize,
+    #[define(WS, WP, WO)] _sizes: [usize; 3],
 ) {
     let sight = comptime![blueprint.sight()];
     let shape = comptime![blueprint.shape];
@@ -101,16 +90,8 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         Shared::<[u32]>::new_aligned_slice(comptime![blueprint.key_room() as usize / 4], 1024usize);
     let base = shared_address(&room);
     let resident = comptime![Tile { rows: shape.rows, dim: shape.dim, threads }];
-    let key_source = Source {
-        address: global_address::<E>(key.as_ptr())
-            + key_start(list_index, 0u32, &key_strides, &numbers) as u64 * 2u64,
-        stride: key_strides.token,
-    };
-    let value_source = Source {
-        address: global_address::<E>(value.as_ptr())
-            + key_start(list_index, 0u32, &value_strides, &numbers) as u64 * 2u64,
-        stride: value_strides.token,
-    };
+    let key_source = source_of::<E>(&tensors.key, batch, kv_head, &tensors.layout.key);
+    let value_source = source_of::<E>(&tensors.value, batch, kv_head, &tensors.layout.value);
     copy_tile(UNIT_POS, &key_source, start, key_len, base, resident);
     copy_tile(
         UNIT_POS,
@@ -174,8 +155,8 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     let first_at = ring + select(of_keys, gradients, 0u32) + ptx::down(lane);
     let second_at = ring + select(of_keys, 0u32, gradients) + ptx::across(lane);
 
-    let query_source = global_address::<E>(query.as_ptr());
-    let d_out_source = global_address::<E>(d_out.as_ptr());
+    let query_source = global_address::<E>(tensors.query.as_ptr());
+    let d_out_source = global_address::<E>(tensors.d_out.as_ptr());
     let step_tile =
         comptime![Tile { rows: shape.keys, dim: shape.dim, threads: blueprint.threads() as usize }];
     let starts = comptime![blueprint.starts_at() / 4];
@@ -214,7 +195,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         if present > 0u32 {
             if of_keys {
                 let unit = unit_again() % kind_threads;
-                let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+                let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
                 if notes {
                     room[(starts + unit) as usize] = row.query;
                     room[(starts + comptime![shape.keys as u32] + unit) as usize] = row.d_out;
@@ -224,8 +205,8 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 copy_step(unit, query_source, &room, starts, present, to, step_tile);
                 let d_out_starts = comptime![starts + shape.keys as u32];
                 copy_step(unit, d_out_source, &room, d_out_starts, present, to + gradients, step_tile);
-                lse_noted = lse[row.index as usize];
-                delta_noted = delta[row.index as usize];
+                lse_noted = tensors.lse[row.index as usize];
+                delta_noted = tensors.delta[row.index as usize];
                 let next = entries.begin + (step + 1u32) * comptime![shape.keys as u32] + unit;
                 next_id = row_of(&list, min(next, entries.end - 1u32), rows, sight);
             } else {
@@ -283,20 +264,11 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                         first + r,
                         &entries,
                         &list,
-                        query,
-                        key,
-                        value,
-                        d_out,
-                        lse,
-                        delta,
+                        tensors,
                         rows,
                         sequences,
                         key_gradient,
                         value_gradient,
-                        &query_strides,
-                        &key_strides,
-                        &value_strides,
-                        &d_out_strides,
                         &numbers,
                         scale,
                         blueprint,

@@ -6,8 +6,8 @@
 use cubecl::prelude::*;
 
 use crate::{
+    arguments::BackwardTensors,
     mma::backward::parts::{exponent_of, key_start, pair_of, row_of_id},
-    portable::Strides,
     rows::{Entries, List, bounds_of_row, row_of, sees},
     tensor_core::{Blueprint, Numbers},
 };
@@ -20,20 +20,11 @@ pub(crate) fn redo_key<E: Float>(
     j: u32,
     entries: &Entries,
     list: &List,
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, E>,
     rows: &[u32],
     sequences: &[u32],
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
-    query_strides: &Strides,
-    key_strides: &Strides,
-    value_strides: &Strides,
-    d_out_strides: &Strides,
     numbers: &Numbers,
     scale: f32,
     #[comptime] blueprint: Blueprint,
@@ -41,8 +32,8 @@ pub(crate) fn redo_key<E: Float>(
     let sight = comptime![blueprint.sight()];
     let parts = comptime![blueprint.shape.dim / 32];
     let lane = UNIT_POS % 32u32;
-    let key_at = key_start(list_index, j, key_strides, numbers);
-    let value_at = key_start(list_index, j, value_strides, numbers);
+    let key_at = key_start(list_index, j, &tensors.layout.key, numbers);
+    let value_at = key_start(list_index, j, &tensors.layout.value, numbers);
     let mut sums = Array::<f32>::new(parts);
     #[unroll]
     for part in 0..parts {
@@ -51,30 +42,27 @@ pub(crate) fn redo_key<E: Float>(
     for entry in entries.begin..entries.end {
         let id = row_of(list, entry, rows, sight);
         let bounds = bounds_of_row(list, id, sequences, sight);
-        let row = row_of_id(
+        let row = row_of_id::<E>(
             id,
             list_index / numbers.kv_heads,
             list_index % numbers.kv_heads,
-            query_strides,
-            d_out_strides,
+            tensors,
             numbers,
         );
-        let of_row = lse[row.index as usize];
+        let of_row = tensors.lse[row.index as usize];
         let seen = sees(&bounds, j as i32, numbers.window, numbers.sinks, sight);
         if seen && of_row != numbers.neg_inf {
             let exponent = exponent_of(of_row, row.invalid, numbers);
-            let pair = pair_of::<E>(
-                query, key, value, d_out, &row, key_at, value_at, exponent, delta, numbers, blueprint,
-            );
+            let pair = pair_of::<E>(tensors, &row, key_at, value_at, exponent, numbers, blueprint);
             #[unroll]
             for part in 0..parts {
                 let at = lane + comptime![part as u32 * 32];
                 if of_keys {
-                    sums[part] =
-                        fma(pair.slope, f32::cast_from(query[(row.query + at) as usize]), sums[part]);
+                    let q = tensors.query[(row.query + at) as usize];
+                    sums[part] = fma(pair.slope, f32::cast_from(q), sums[part]);
                 } else {
-                    sums[part] =
-                        fma(pair.weight, f32::cast_from(d_out[(row.d_out + at) as usize]), sums[part]);
+                    let o = tensors.d_out[(row.d_out + at) as usize];
+                    sums[part] = fma(pair.weight, f32::cast_from(o), sums[part]);
                 }
             }
         }
