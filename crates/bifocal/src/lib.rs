@@ -52,7 +52,7 @@ pub use multi_window::MultiWindow;
 pub use qada::Qada;
 pub use rattention::{Rattention, RattentionGradients, RattentionInputs, RattentionOutput, RattentionStep};
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
-pub use straight_through::{attend_exact, choice_gradient, gate_gradient};
+pub use straight_through::{attend_every, choice_gradient, gate_gradient};
 pub use tuning::settle_within;
 
 pub use bifocal_core::{

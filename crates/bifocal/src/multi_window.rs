@@ -1,12 +1,8 @@
-use bifocal_core::{
-    Error, Problem, Result, Window,
-    device::{AttentionOperator, Inputs, Partial, Routes},
-};
+use bifocal_core::{Error, Result, Window, device::AttentionOperator};
 use bifocal_full::Full;
 use bifocal_windowed::Windowed;
-use cubecl::client::Client;
 
-use crate::attend_selected;
+use crate::select::selecting;
 
 /// AHA with several windows to choose from: reach k is the k-th window, the last reach full attention. (The
 /// question that arXiv 2512.22562 leaves open.)
@@ -38,35 +34,6 @@ impl MultiWindow {
         let windows = self.branches.iter().map(|window| window as &dyn AttentionOperator);
         windows.chain([&Full as _]).collect()
     }
-
-    /// Attends by routes `[B, R, T]` of [`reaches`](Self::reaches) reaches, into a new partial of the inputs' type.
-    ///
-    /// # Errors
-    /// As [`attend_selected`].
-    pub fn attend(
-        &self,
-        client: &Client,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-        routes: &Routes,
-    ) -> Result<Partial> {
-        let partial = Partial::empty(client, problem, problem.element);
-        self.attend_into(client, problem, inputs, routes, &partial)?;
-        Ok(partial)
-    }
-
-    /// Attends into `partial`, every row of which is written.
-    ///
-    /// # Errors
-    /// As [`attend_selected`].
-    pub fn attend_into(
-        &self,
-        client: &Client,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-        routes: &Routes,
-        partial: &Partial,
-    ) -> Result<()> {
-        attend_selected(client, problem, inputs, routes, &self.branches(), partial)
-    }
 }
+
+selecting!(MultiWindow);

@@ -44,7 +44,7 @@ pub fn attend_planned(
     branches: &[&dyn AttentionOperator],
     partial: &Partial,
 ) -> Result<()> {
-    one_each(plan.reaches(), branches)?;
+    one_each(plan.reaches(), branches.len())?;
     for (reach, branch) in branches.iter().enumerate() {
         branch.attend(client, problem, inputs, plan.rows(reach)?, partial)?;
     }
@@ -68,7 +68,7 @@ pub fn backward_selected(
     saved: &Saved<'_>,
     gradients: &Gradients,
 ) -> Result<()> {
-    one_each(plan.reaches(), branches)?;
+    one_each(plan.reaches(), branches.len())?;
     for (reach, branch) in branches.iter().enumerate() {
         branch.backward(client, problem, inputs, plan.rows(reach)?, saved, gradients)?;
     }
@@ -76,9 +76,49 @@ pub fn backward_selected(
 }
 
 /// Checks that there is one branch per reach.
-pub(crate) fn one_each(reaches: usize, branches: &[&dyn AttentionOperator]) -> Result<()> {
-    if reaches != branches.len() {
-        return Err(Error::option("reaches of the routes", reaches, branches.len().to_string()));
+pub(crate) fn one_each(reaches: usize, branches: usize) -> Result<()> {
+    if reaches != branches {
+        return Err(Error::option("reaches of the routes", reaches, branches.to_string()));
     }
     Ok(())
 }
+
+/// Attention by a system's `branches`, one per reach.
+macro_rules! selecting {
+    ($system:ty) => {
+        impl $system {
+            /// Attends by routes `[B, R, T]`, which name one of the [`branches`](Self::branches) each, into a new partial of
+            /// the inputs' type.
+            ///
+            /// # Errors
+            /// As [`attend_selected`](crate::attend_selected).
+            pub fn attend(
+                &self,
+                client: &cubecl::client::Client,
+                problem: &crate::Problem,
+                inputs: &crate::Inputs<'_>,
+                routes: &crate::Routes,
+            ) -> crate::Result<crate::Partial> {
+                let partial = crate::Partial::empty(client, problem, problem.element);
+                self.attend_into(client, problem, inputs, routes, &partial)?;
+                Ok(partial)
+            }
+
+            /// Attends into `partial`, every row of which is written.
+            ///
+            /// # Errors
+            /// As [`attend_selected`](crate::attend_selected).
+            pub fn attend_into(
+                &self,
+                client: &cubecl::client::Client,
+                problem: &crate::Problem,
+                inputs: &crate::Inputs<'_>,
+                routes: &crate::Routes,
+                partial: &crate::Partial,
+            ) -> crate::Result<()> {
+                crate::attend_selected(client, problem, inputs, routes, &self.branches(), partial)
+            }
+        }
+    };
+}
+pub(crate) use selecting;

@@ -9,32 +9,50 @@ use bifocal_core::{
     Problem, Result,
     device::{AttentionOperator, Inputs, Partial, RouteGeometry, Routes, Rows, Tensor, TensorView},
 };
-use bifocal_dispatch::{add_to_scores, dot_rows, select};
+use bifocal_dispatch::{add_to_scores, dot_rows, mask, select};
 use cubecl::client::Client;
 
 use crate::select::one_each;
 
 /// Computes every row by every branch, and scatters into `partial`, whose outputs are contiguous, what
-/// [`attend_selected`](crate::attend_selected) would write there. Returns the partials of the branches, whose outputs
-/// [`gate_gradient`] and [`choice_gradient`] ask for.
+/// [`attend_selected`](crate::attend_selected) would write there; rows of a reach without a branch become zero (L2A's near
+/// one). Returns the partials of the branches, by reach: [`gate_gradient`] and [`choice_gradient`] ask for their outputs.
+///
+/// The last branch computes `far_rows`: [`Rows::All`], or, where others are to learn nothing from it, no more than the
+/// rows that a [`plan`](crate::plan) of `routes` gives it (L2A's sparse passes). Then its partial is `partial` itself: where
+/// it was not computed, it counts as what the row's own branch gave.
 ///
 /// # Errors
 /// As [`attend_selected`](crate::attend_selected); [`Error::NotContiguous`](crate::Error::NotContiguous).
-pub fn attend_exact(
+pub fn attend_every(
     client: &Client,
     problem: &Problem,
     inputs: &Inputs<'_>,
     routes: &Routes,
-    branches: &[&dyn AttentionOperator],
+    branches: &[Option<&dyn AttentionOperator>],
+    far_rows: Rows<'_>,
     partial: &Partial,
-) -> Result<Vec<Partial>> {
-    one_each(routes.geometry().reaches, branches)?;
+) -> Result<Vec<Option<Partial>>> {
+    one_each(routes.geometry().reaches, branches.len())?;
+    let last = branches.len() - 1;
+    if branches.iter().any(Option::is_none) {
+        mask(client, problem, routes, last, partial)?;
+    }
     let mut computed = Vec::with_capacity(branches.len());
     for (reach, branch) in branches.iter().enumerate() {
-        let of_branch = Partial::empty(client, problem, partial.out.element());
-        branch.attend(client, problem, inputs, Rows::All, &of_branch)?;
-        select(client, problem, routes, reach, &of_branch, partial)?;
-        computed.push(of_branch);
+        computed.push(match (branch, far_rows) {
+            (None, _) => None,
+            (Some(branch), Rows::Routed(_)) if reach == last => {
+                branch.attend(client, problem, inputs, far_rows, partial)?;
+                Some(partial.clone())
+            }
+            (Some(branch), _) => {
+                let every = Partial::empty(client, problem, partial.out.element());
+                branch.attend(client, problem, inputs, Rows::All, &every)?;
+                select(client, problem, routes, reach, &every, partial)?;
+                Some(every)
+            }
+        });
     }
     Ok(computed)
 }
@@ -64,20 +82,21 @@ pub fn gate_gradient(
 }
 
 /// The gradient of a choice's scores, `f32 [B, R, K, Tq]`: `<do, a_k>` for every branch k, summed over the query heads of a
-/// router head. The softmax that the scores came from is not differentiated here.
+/// router head; 0 where there is no branch. The softmax that the scores came from is not differentiated here.
 ///
 /// # Errors
-/// As [`gate_gradient`]; [`Error::Option`](crate::Error::Option) unless there are 1 to 255 branches.
+/// As [`gate_gradient`]; [`Error::Option`](crate::Error::Option) unless there are 1 to 255 choices.
 pub fn choice_gradient(
     client: &Client,
     problem: &Problem,
     router_heads: usize,
-    branches: &[TensorView<'_, 4>],
+    branches: &[Option<TensorView<'_, 4>>],
     d_out: TensorView<'_, 4>,
 ) -> Result<Tensor<4>> {
     let scores = no_gradient(client, problem, router_heads, branches.len())?;
     for (choice, branch) in branches.iter().enumerate() {
-        let products = dot_rows(client, problem, *branch, d_out)?;
+        let Some(branch) = *branch else { continue };
+        let products = dot_rows(client, problem, branch, d_out)?;
         add_to_scores(client, problem, products.view(), 1.0, choice, &scores)?;
     }
     Ok(scores)

@@ -1,6 +1,6 @@
 //! The gradient of scores that are compared, not multiplied: the straight-through estimator.
 
-use bifocal::{Problem, Result, add_to_scores, dot_rows};
+use bifocal::{Problem, Result, choice_gradient, gate_gradient};
 use burn::tensor::Tensor;
 
 use crate::{autodiff::Differentiable, place::Place, system::Outs};
@@ -19,21 +19,13 @@ impl Differentiable for StraightThrough {
     fn backward(self, inputs: Vec<Tensor<4>>, d_out: Tensor<4>) -> Result<Vec<Tensor<4>>> {
         let Self { place, problem, outs } = self;
         let client = place.client();
-        let scores = inputs[1].dims();
-        let [_, _, choices, _] = scores;
+        let [_, heads, choices, _] = inputs[1].dims();
         let there = place.import("the gradient of the output", d_out.clone())?;
-        let d_scores = bifocal::Tensor::zeros(client, scores)?;
-        for (reach, out) in outs.iter().enumerate() {
-            let Some(out) = out else { continue };
-            let products = dot_rows(client, &problem, out.view(), there.view())?;
-            // A gate's score is that of its far branch; the near one has what is left of 1.
-            let (factor, choice) = match choices {
-                1 if reach == 0 => (-1.0, 0),
-                1 => (1.0, 0),
-                _ => (1.0, reach),
-            };
-            add_to_scores(client, &problem, products.view(), factor, choice, &d_scores)?;
-        }
+        let outs: Vec<_> = outs.iter().map(|out| out.as_ref().map(|out| out.view())).collect();
+        let d_scores = match (choices, &outs[..]) {
+            (1, &[near, Some(far)]) => gate_gradient(client, &problem, heads, near, far, there.view())?,
+            _ => choice_gradient(client, &problem, heads, &outs, there.view())?,
+        };
         Ok(vec![d_out, place.export_contiguous(d_scores)?])
     }
 }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bifocal::{
     AttentionOperator, DeviceProfile, Element, Error, Gradients, Inputs, Partial, Plan, Problem, Result,
-    Routes, Rows, Saved, Tensor, cubecl::client::Client, mask, select,
+    Routes, Rows, Saved, Tensor, attend_every, cubecl::client::Client, mask,
 };
 
 use crate::Training;
@@ -64,9 +64,13 @@ impl System {
 
     /// Computes every row once, or clears it.
     pub(crate) fn attend(&self, client: &Client, problem: &Problem, inputs: &Inputs<'_>) -> Result<Partial> {
-        let partial = match self.leaves_rows() {
-            true => self.cleared(client, problem)?,
-            false => room(client, problem, inputs),
+        let partial = match &self.routed {
+            Some((routes, _)) if self.branches.iter().any(Option::is_none) => {
+                let partial = Partial::empty(client, problem, problem.element);
+                mask(client, problem, routes, self.branches.len() - 1, &partial)?;
+                partial
+            }
+            _ => room(client, problem, inputs),
         };
         for (branch, rows) in self.parts()? {
             branch.attend(client, problem, inputs, rows, &partial)?;
@@ -85,25 +89,15 @@ impl System {
         let Some((routes, plan)) = &self.routed else {
             return Ok((self.attend(client, problem, inputs)?, Vec::new()));
         };
-        let partial = self.cleared(client, problem)?;
-        let last = self.branches.len() - 1;
-        let mut outs = Vec::with_capacity(self.branches.len());
-        for (reach, branch) in self.branches.iter().enumerate() {
-            let Some(branch) = branch.as_ref().map(Branch::operator) else {
-                outs.push(None);
-                continue;
-            };
-            if training == Training::Sparse && reach == last {
-                // Where it was not computed, the row has what its own branch gives.
-                branch.attend(client, problem, inputs, plan.far_rows()?, &partial)?;
-                outs.push(Some(partial.out.clone()));
-            } else {
-                let every = Partial::empty(client, problem, problem.element);
-                branch.attend(client, problem, inputs, Rows::All, &every)?;
-                select(client, problem, routes, reach, &every, &partial)?;
-                outs.push(Some(every.out));
-            }
-        }
+        let partial = Partial::empty(client, problem, problem.element);
+        let branches: Vec<_> =
+            self.branches.iter().map(|branch| branch.as_ref().map(Branch::operator)).collect();
+        let far_rows = match training {
+            Training::Exact => Rows::All,
+            Training::Sparse => plan.far_rows()?,
+        };
+        let every = attend_every(client, problem, inputs, routes, &branches, far_rows, &partial)?;
+        let outs = every.into_iter().map(|partial| partial.map(|partial| partial.out)).collect();
         Ok((partial, outs))
     }
 
@@ -146,21 +140,6 @@ impl System {
             parts.push((branch.operator(), rows));
         }
         Ok(parts)
-    }
-
-    fn leaves_rows(&self) -> bool {
-        self.branches.iter().any(Option::is_none)
-    }
-
-    /// Contiguous room for the result, zero on the rows of reaches without a branch.
-    fn cleared(&self, client: &Client, problem: &Problem) -> Result<Partial> {
-        let partial = Partial::empty(client, problem, problem.element);
-        if let Some((routes, _)) = &self.routed
-            && self.leaves_rows()
-        {
-            mask(client, problem, routes, self.branches.len() - 1, &partial)?;
-        }
-        Ok(partial)
     }
 }
 

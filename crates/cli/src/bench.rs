@@ -367,15 +367,19 @@ impl<'a> Bench<'a> {
                 CaseName::AhaExact => {
                     let (aha, routes) = (Aha::new(self.window), &by_head.routes);
                     let (plan, branches) = (bifocal::plan(client, problem, routes)?, aha.branches());
-                    let outs = bifocal::attend_exact(client, problem, &inputs, routes, &branches, partial)?;
+                    let every = branches.map(Some);
+                    let outs =
+                        bifocal::attend_every(client, problem, &inputs, routes, &every, Rows::All, partial)?;
                     self.differentiate(set, partial, |saved, gradients| {
                         let (inputs, plan) = (&inputs, &plan);
                         bifocal::backward_selected(
                             client, problem, inputs, plan, &branches, saved, gradients,
                         )?;
-                        let [near, far] = [0, 1].map(|reach: usize| outs[reach].out.view());
-                        let heads = routes.geometry().heads;
-                        bifocal::gate_gradient(client, problem, heads, Some(near), far, saved.d_out)?;
+                        let [Some(near), Some(far)] = &outs[..] else {
+                            return Err(bifocal::Error::option("branches of AHA", outs.len(), "two"));
+                        };
+                        let (heads, near) = (routes.geometry().heads, Some(near.out.view()));
+                        bifocal::gate_gradient(client, problem, heads, near, far.out.view(), saved.d_out)?;
                         Ok(())
                     })
                 }

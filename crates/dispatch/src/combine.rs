@@ -21,7 +21,7 @@ use kernels::{RowsLaunch, mask_kernel, merge_kernel, mix_kernel, select_kernel};
 pub fn merge(client: &Client, problem: &Problem, into: &Partial, from: &Partial) -> Result<()> {
     check(client, problem, into)?;
     check(client, problem, from)?;
-    merge_rows(client, None, HostRows::all(problem), into, from);
+    merge_rows(client, None, HostRows::new(problem, problem.heads), into, from);
     Ok(())
 }
 
@@ -90,7 +90,7 @@ pub fn mix(
     check(client, problem, into)?;
     let router_heads = check_weights(client, problem, weights)?;
     check(client, problem, far)?;
-    mix_rows(client, None, HostRows { router_heads, ..HostRows::all(problem) }, weights, into, far);
+    mix_rows(client, None, HostRows::new(problem, router_heads), weights, into, far);
     Ok(())
 }
 
@@ -242,15 +242,13 @@ struct HostRows {
 }
 
 impl HostRows {
-    /// Every row, each router head serving one query head.
-    fn all(problem: &Problem) -> Self {
-        let Problem { batch, heads, query_len, value_dim, .. } = *problem;
+    fn new(problem: &Problem, router_heads: usize) -> Self {
         Self {
-            rows: batch * heads * query_len,
-            tokens: query_len,
-            heads,
-            router_heads: heads,
-            dim: value_dim,
+            rows: problem.batch * problem.heads * problem.query_len,
+            tokens: problem.query_len,
+            heads: problem.heads,
+            router_heads,
+            dim: problem.value_dim,
         }
     }
 
@@ -279,8 +277,7 @@ fn check_routed(
     if reach >= geometry.reaches {
         return Err(Error::option("reach", reach, format!("0..{}", geometry.reaches)));
     }
-    let rows = HostRows { router_heads: geometry.heads, ..HostRows::all(problem) };
-    Ok((geometry, rows))
+    Ok((geometry, HostRows::new(problem, geometry.heads)))
 }
 
 fn check(client: &Client, problem: &Problem, partial: &Partial) -> Result<()> {

@@ -1,10 +1,7 @@
 //! Far vision: attention over the whole causal past, over the part of it that a window does not see, or over everything.
 
-use bifocal_core::{
-    DeviceProfile, Problem, Reach, Refusal, Result, Routine, Window,
-    device::{AttentionOperator, Gradients, Inputs, Partial, Rows, Saved},
-};
-use cubecl::client::Client;
+use bifocal_core::{Reach, Window};
+use bifocal_tile::operator;
 
 /// Softmax attention over every key up to the query's own.
 ///
@@ -39,64 +36,6 @@ impl Far {
     pub const fn with_sinks(self, sinks: u32) -> Self {
         Self { sinks, ..self }
     }
-}
-
-/// The operators differ in their name and reach alone.
-macro_rules! operator {
-    ($operator:ty, $name:literal, |$this:ident| $reach:expr) => {
-        impl AttentionOperator for $operator {
-            fn name(&self) -> &'static str {
-                $name
-            }
-
-            fn reach(&self) -> Reach {
-                let $this = self;
-                $reach
-            }
-
-            fn supports(
-                &self,
-                routine: Routine,
-                problem: &Problem,
-                profile: &DeviceProfile,
-            ) -> Result<(), Refusal> {
-                bifocal_tile::supports(routine, problem, profile)
-            }
-
-            fn attend(
-                &self,
-                client: &Client,
-                problem: &Problem,
-                inputs: &Inputs<'_>,
-                rows: Rows<'_>,
-                partial: &Partial,
-            ) -> Result<Routine> {
-                bifocal_tile::attend(self.name(), client, problem, inputs, self.reach(), rows, partial)
-            }
-
-            fn supports_backward(
-                &self,
-                routine: Routine,
-                problem: &Problem,
-                profile: &DeviceProfile,
-            ) -> Result<(), Refusal> {
-                bifocal_tile::supports_backward(routine, problem, profile)
-            }
-
-            fn backward(
-                &self,
-                client: &Client,
-                problem: &Problem,
-                inputs: &Inputs<'_>,
-                rows: Rows<'_>,
-                saved: &Saved<'_>,
-                gradients: &Gradients,
-            ) -> Result<Routine> {
-                let (name, reach) = (self.name(), self.reach());
-                bifocal_tile::backward(name, client, problem, inputs, reach, rows, saved, gradients)
-            }
-        }
-    };
 }
 
 operator!(Full, "full", |_this| Reach::All);

@@ -1,5 +1,5 @@
 use bifocal_core::{
-    Error, Result,
+    DeviceProfile, Error, Result,
     device::{Decision, INVALID_ROUTE, RouteGeometry, Router, TensorView, launch},
 };
 use cubecl::{client::Client, prelude::*};
@@ -192,7 +192,7 @@ fn assign(
 ) -> Result<Decision> {
     let [batch, tokens, _] = hidden.shape();
     let geometry = RouteGeometry::new(batch, heads, tokens, reaches)?;
-    let (cubes, units) = over_quads(client, router, geometry)?;
+    let (cubes, units) = over_quads(client, &DeviceProfile::of(client), router, geometry)?;
     let (routes, counts) = outputs(client, geometry)?;
     let table = client.create_from_slice(bytemuck::cast_slice(table));
     // SAFETY: each unit checks its number against the quads there are; the table has an entry per head, or per

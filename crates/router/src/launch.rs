@@ -30,10 +30,10 @@ pub(crate) fn offset(strides: &Strides, batch: u32, head: u32, token: u32) -> us
 /// head: four, because routes are bytes that are written as words.
 pub(crate) fn over_quads(
     client: &Client,
+    profile: &DeviceProfile,
     router: &'static str,
     geometry: RouteGeometry,
 ) -> Result<(CubeCount, CubeDim)> {
-    let profile = DeviceProfile::of(client);
     if !profile.atomic_add {
         let refusals = Refusals(vec![(Routine::Portable, Refusal::Atomics)]);
         return Err(Error::Refused { operator: router, refusals });

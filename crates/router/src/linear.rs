@@ -186,11 +186,11 @@ fn route(
     if let Some(bias) = bias {
         bias.view().check("the router's bias", client, [columns], Element::F32)?;
     }
-    let (cubes, units) = over_quads(client, router, geometry)?;
+    let profile = DeviceProfile::of(client);
+    let (cubes, units) = over_quads(client, &profile, router, geometry)?;
     let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
-    let profile = DeviceProfile::of(client);
     let projected = profile.has_planes() && batch <= 65_535;
     if projected {
         project(client, &profile, hidden, weight, &scores);

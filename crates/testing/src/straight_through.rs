@@ -1,8 +1,8 @@
 //! What the gradients of routers' scores satisfy.
 
 use bifocal::{
-    Aha, Element, L2a, MultiWindow, Partial, Reach, Tensor, Window, attend_exact, choice_gradient,
-    gate_gradient,
+    Aha, AttentionOperator, Element, Inputs, L2a, MultiWindow, Partial, Problem, Reach, Routes, Rows, Tensor,
+    Window, attend_every, choice_gradient, cubecl::client::Client, gate_gradient,
 };
 use bifocal_reference::{self as reference, Training};
 use proptest::prelude::*;
@@ -44,6 +44,20 @@ fn as_reference(case: &Case, read: &Read) -> reference::Partial<f64> {
     }
 }
 
+/// Every row by every branch, all of which there are.
+fn every_branch(
+    client: &Client,
+    problem: &Problem,
+    inputs: &Inputs<'_>,
+    routes: &Routes,
+    branches: &[&dyn AttentionOperator],
+    partial: &Partial,
+) -> Result<Vec<Partial>, String> {
+    let branches: Vec<_> = branches.iter().copied().map(Some).collect();
+    let computed = run(attend_every(client, problem, inputs, routes, &branches, Rows::All, partial))?;
+    Ok(computed.into_iter().flatten().collect())
+}
+
 /// Compares gradients of scores that come from the same outputs: what differs is the order of sums.
 fn same_scores(
     device: &Device,
@@ -72,8 +86,7 @@ fn gate_gradients_equal_the_oracle(device: &Device, effort: Effort) -> Result<()
 
         let aha = Aha::new(window);
         let partial = run(Partial::poisoned(client, &problem, case.out_element()))?;
-        let branches =
-            run(attend_exact(client, &problem, &on.inputs(), &on_device, &aha.branches(), &partial))?;
+        let branches = every_branch(client, &problem, &on.inputs(), &on_device, &aha.branches(), &partial)?;
         let selected = Expected::new(&case, &data, |b, h, t| near_or_far(is_far(b, h, t), window));
         selected.accepts(&run(Read::new(client, &partial))?)?;
         let reads = branches.iter().map(|branch| Read::new(client, branch));
@@ -125,14 +138,13 @@ fn choice_gradients_equal_the_oracle(device: &Device, effort: Effort) -> Result<
         let d_out = draw_d_out(&case);
         let on_d_out = run(Tensor::from_f32(client, problem.out_shape(), case.out_element(), &d_out))?;
         let partial = run(Partial::poisoned(client, &problem, case.out_element()))?;
-        let branches =
-            run(attend_exact(client, &problem, &on.inputs(), &on_device, &lens.branches(), &partial))?;
+        let branches = every_branch(client, &problem, &on.inputs(), &on_device, &lens.branches(), &partial)?;
         let reach_of = |route: usize| windows.get(route).map_or(Reach::All, |&window| Reach::Window(window));
         let selected = Expected::new(&case, &data, |b, h, t| {
             Some(reach_of(usize::from(routes.at(case.heads(), b, h, t))))
         });
         selected.accepts(&run(Read::new(client, &partial))?)?;
-        let outs: Vec<_> = branches.iter().map(|branch| branch.out.view()).collect();
+        let outs: Vec<_> = branches.iter().map(|branch| Some(branch.out.view())).collect();
         let router_heads = routes.geometry.heads;
         let found = run(choice_gradient(client, &problem, router_heads, &outs, on_d_out.view()))?;
         let reads = branches.iter().map(|branch| Read::new(client, branch));

@@ -1,8 +1,11 @@
 use bifocal_core::{
     DeviceProfile, Error, Problem, Reach, Refusal, Refusals, Result, Routine,
-    device::{Gradients, Inputs, Partial, Rows, Saved, Sequences},
+    device::{
+        Gradients, Inputs, Partial, Rows, Saved, Sequences,
+        launch::{elements, words},
+    },
 };
-use cubecl::{client::Client, server::Handle};
+use cubecl::{client::Client, prelude::BufferArg, server::Handle};
 
 use crate::{
     mma, portable, rows::Sight, sinks, tensor_core::launch::ITEM_ROWS, visibility::Visibility, wgmma,
@@ -139,6 +142,23 @@ impl<'a> Work<'a> {
         Ok(work)
     }
 
+    /// The bounds of every query token; any buffer where the batch is not ragged.
+    pub(crate) fn bounds(&self) -> BufferArg {
+        words(self.sequences.unwrap_or(self.items))
+    }
+
+    /// The sink logits of the inputs; any buffer where they have none.
+    ///
+    /// # Safety
+    /// The inputs have passed [`Inputs::check`].
+    pub(crate) unsafe fn sink_logits(&self, inputs: &Inputs<'_>) -> BufferArg {
+        match inputs.sink_logits {
+            // SAFETY: the caller's.
+            Some(sinks) => unsafe { elements(sinks) },
+            None => words(self.items),
+        }
+    }
+
     pub(crate) fn sight(&self) -> Sight {
         let Self { visibility, routed, sequences, .. } = *self;
         Sight { visibility, routed, ragged: sequences.is_some() }
@@ -167,31 +187,27 @@ pub fn attend(
     let profile = DeviceProfile::of(client);
     let mut refusals = Vec::new();
     for routine in Routine::ALL {
-        let refusal = match (supports(routine, problem, &profile), routine) {
-            (Err(refusal), _) => refusal,
-            (Ok(()), Routine::Wgmma) => match wgmma::takes(inputs, partial) {
-                Ok(()) => {
-                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                    wgmma::launch(client, &profile, problem, inputs, &work, partial);
-                    return Ok(routine);
-                }
-                Err(refusal) => refusal,
-            },
-            (Ok(()), Routine::Mma) => match mma::takes(inputs, partial) {
-                Ok(()) => {
-                    let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                    mma::launch(client, problem, inputs, &work, partial);
-                    return Ok(routine);
-                }
-                Err(refusal) => refusal,
-            },
-            (Ok(()), _) => {
+        let takes = supports(routine, problem, &profile).and_then(|()| match routine {
+            Routine::Wgmma => wgmma::takes(inputs, partial),
+            Routine::Mma => mma::takes(inputs, partial),
+            _ => Ok(()),
+        });
+        match takes {
+            Ok(()) => {
                 let work = Work::new(problem, &profile, inputs, reach, rows, routine)?;
-                portable::launch(client, &profile, problem, inputs, &work, partial);
+                match routine {
+                    Routine::Wgmma => {
+                        wgmma::launch(client, &profile, problem, inputs, &work, partial);
+                    }
+                    Routine::Mma => {
+                        mma::launch(client, problem, inputs, &work, partial);
+                    }
+                    _ => portable::launch(client, &profile, problem, inputs, &work, partial),
+                }
                 return Ok(routine);
             }
-        };
-        refusals.push((routine, refusal));
+            Err(refusal) => refusals.push((routine, refusal)),
+        }
     }
     Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }

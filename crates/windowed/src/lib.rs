@@ -1,10 +1,7 @@
 //! Near vision: attention over a sliding window, optionally with the first tokens of the sequence.
 
-use bifocal_core::{
-    DeviceProfile, Problem, Reach, Refusal, Result, Routine, Window,
-    device::{AttentionOperator, Gradients, Inputs, Partial, Rows, Saved},
-};
-use cubecl::client::Client;
+use bifocal_core::{Reach, Window};
+use bifocal_tile::operator;
 
 /// Softmax attention over the last [`Window::keys`] keys, the query's own included.
 ///
@@ -29,52 +26,7 @@ impl Windowed {
     }
 }
 
-impl AttentionOperator for Windowed {
-    fn name(&self) -> &'static str {
-        "windowed"
-    }
-
-    fn reach(&self) -> Reach {
-        match self.sinks {
-            0 => Reach::Window(self.window),
-            sinks => Reach::SinksAndWindow { sinks, window: self.window },
-        }
-    }
-
-    fn supports(&self, routine: Routine, problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
-        bifocal_tile::supports(routine, problem, profile)
-    }
-
-    fn attend(
-        &self,
-        client: &Client,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-        rows: Rows<'_>,
-        partial: &Partial,
-    ) -> Result<Routine> {
-        bifocal_tile::attend(self.name(), client, problem, inputs, self.reach(), rows, partial)
-    }
-
-    fn supports_backward(
-        &self,
-        routine: Routine,
-        problem: &Problem,
-        profile: &DeviceProfile,
-    ) -> Result<(), Refusal> {
-        bifocal_tile::supports_backward(routine, problem, profile)
-    }
-
-    fn backward(
-        &self,
-        client: &Client,
-        problem: &Problem,
-        inputs: &Inputs<'_>,
-        rows: Rows<'_>,
-        saved: &Saved<'_>,
-        gradients: &Gradients,
-    ) -> Result<Routine> {
-        let (name, reach) = (self.name(), self.reach());
-        bifocal_tile::backward(name, client, problem, inputs, reach, rows, saved, gradients)
-    }
-}
+operator!(Windowed, "windowed", |this| match this.sinks {
+    0 => Reach::Window(this.window),
+    sinks => Reach::SinksAndWindow { sinks, window: this.window },
+});

@@ -7,15 +7,14 @@ use cubecl::{
 };
 
 use super::TensorView;
-use crate::DeviceProfile;
 
 /// A grid of at least `work` units, one per piece of work; kernels check their number against the work there is.
 ///
 /// On the CPU runtime every unit of a cube is a thread; elsewhere a cube fills a few planes. Cubes spread over two
 /// dimensions where one would pass the 65,535 that some devices allow.
 pub fn grid(client: &Client, work: usize) -> (CubeCount, CubeDim) {
-    let profile = DeviceProfile::of(client);
-    let units = profile.cpu_cores.unwrap_or(64).min(profile.max_units_per_cube);
+    let hardware = &client.properties().hardware;
+    let units = hardware.num_cpu_cores.unwrap_or(64).min(hardware.max_units_per_cube);
     let cubes = work.div_ceil(units as usize).max(1);
     let rows = cubes.div_ceil(65_535);
     (CubeCount::Static(cubes.div_ceil(rows) as u32, rows as u32, 1), CubeDim::new_1d(units))

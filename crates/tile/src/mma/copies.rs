@@ -4,9 +4,16 @@
 use cubecl::prelude::*;
 
 use super::ptx;
-use crate::tensor_core::{PANEL, SWIZZLE, ptx::copy_16, swizzled};
+use crate::{
+    arguments::Strides,
+    tensor_core::{
+        PANEL, SWIZZLE,
+        ptx::{copy_16, global_address},
+        swizzled,
+    },
+};
 
-/// Keys or values of an item's list.
+/// Keys or values of a list.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Source {
@@ -14,6 +21,14 @@ pub(super) struct Source {
     pub(super) address: u64,
     /// Elements from a key to the next.
     pub(super) stride: u32,
+}
+
+/// Those of a tensor of keys or values that are a kv head's.
+#[cube]
+pub(super) fn source_of<E: Float>(tensor: &[E], batch: u32, kv_head: u32, strides: &Strides) -> Source {
+    let address = global_address::<E>(tensor.as_ptr());
+    let start = batch * strides.batch + kv_head * strides.head;
+    Source { address: address + start as u64 * 2u64, stride: strides.token }
 }
 
 /// The shape of a copied tile, and how many threads copy it.

@@ -13,16 +13,17 @@
 use cubecl::prelude::*;
 
 use super::{
-    copies::{Source, Tile, copy_rows, copy_tile},
+    copies::{Tile, copy_rows, source_of},
     ptx,
+    ring::{Ring, Turns, fill},
 };
 use crate::{
-    portable::Strides,
+    arguments::{ForwardTensors, Strides},
     rows::INVALID_ROW,
     tensor_core::{
-        Blueprint, Layout, Numbers, SWIZZLE,
+        Blueprint, Numbers, SWIZZLE,
         finish::{finish, redo_odd},
-        items::{Keys, bounds_of_row, item_of, keys_between, row_at, tile_start},
+        items::{Item, bounds_of_row, item_of, keys_of, row_at},
         ptx::{global_address, shared_address},
         softmax::{Positions, Softmax, fold, pack_weights},
     },
@@ -51,31 +52,25 @@ pub(super) const fn starts_at(blueprint: Blueprint) -> u32 {
     (room_bytes(blueprint) - blueprint.key_bytes() as u32) / 4
 }
 
-/// Starts the copy of the `step`-th tile of the ring, counted from the keys of `tile`: keys and values take turns.
+/// Notes a row of the item, and its bounds, where all threads find them. Gives the row.
 #[cube]
-pub(super) fn copy_ahead(
-    unit: u32,
-    key: &Source,
-    value: &Source,
-    keys: &Keys,
-    tile: u32,
-    #[comptime] step: u32,
-    room: u32,
+pub(super) fn note_row(
+    item: &Item,
+    row_ids: &mut [u32],
+    bounds: &mut [i32],
+    rows: &[u32],
+    sequences: &[u32],
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
-) {
-    let tile = tile + comptime![step / 2];
-    if tile < keys.tiles {
-        let start = tile_start(keys, tile, blueprint) as u32;
-        let end = numbers.first_position as u32 + numbers.query_len;
-        if comptime![step % 2 == 0] {
-            copy_tile(unit, key, start, end, room, comptime![blueprint.key_tile()]);
-        } else {
-            copy_tile(unit, value, start, end, room, comptime![blueprint.key_tile()]);
-        }
+) -> u32 {
+    let id = row_at(item, UNIT_POS, rows, numbers, blueprint);
+    row_ids[UNIT_POS as usize] = id;
+    let of_row = bounds_of_row(id, sequences, numbers, blueprint);
+    bounds[UNIT_POS as usize] = of_row.position;
+    if comptime![blueprint.ragged] {
+        bounds[(UNIT_POS + comptime![blueprint.shape.rows as u32]) as usize] = of_row.first;
     }
-    // An empty group counts too.
-    ptx::copies_commit();
+    id
 }
 
 /// Positions of a thread's two rows of a block, and of the first and the last row of its warp. They are asked for
@@ -135,29 +130,18 @@ pub(crate) fn attend_kernel<
     WP: Size,
     WO: Size,
 >(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    sink_logits: &[f32],
+    tensors: &ForwardTensors<E>,
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
     sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
     out_strides: Strides,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
-    #[define(NS)] _scores: usize,
-    #[define(NP)] _weights: usize,
-    #[define(NO)] _outputs: usize,
-    #[define(WS)] _warp_scores: usize,
-    #[define(WP)] _warp_weights: usize,
-    #[define(WO)] _warp_outputs: usize,
+    #[define(NS, NP, NO, WS, WP, WO)] _sizes: [usize; 6],
 ) {
     let slot = CUBE_POS as u32;
     let mut count = numbers.items;
@@ -173,47 +157,28 @@ pub(crate) fn attend_kernel<
     let kinds = comptime![if blueprint.ragged { 2 } else { 1 }];
     let mut bounds = Shared::<[i32]>::new_slice(comptime![kinds * blueprint.shape.rows]);
     let query_room = shared_address(&tiles);
-    let ring = query_room + comptime![blueprint.query_bytes() as u32];
-    let tile_bytes = comptime![blueprint.key_bytes() as u32];
+    let ring_room = query_room + comptime![blueprint.query_bytes() as u32];
     let stages = comptime![blueprint.stages];
-    let ring_bytes = comptime![blueprint.stages * blueprint.key_bytes() as u32];
     let blocks = comptime![blueprint.blocks()];
-    let layout = Layout { query: query_strides, key: key_strides, value: value_strides };
 
     let item = item_of(slot, items, &numbers, blueprint);
-    let first = row_at(&item, 0u32, rows, &numbers, blueprint);
-    let last = row_at(&item, item.rows, rows, &numbers, blueprint);
-    let first = bounds_of_row(first, sequences, &numbers, blueprint);
-    let last = bounds_of_row(last, sequences, &numbers, blueprint);
-    let keys = keys_between(&first, &last, &numbers, blueprint);
+    let keys = keys_of(&item, rows, sequences, &numbers, blueprint);
     let batch = item.list / numbers.kv_heads;
     let kv_head = item.list % numbers.kv_heads;
-    let key_start = batch * layout.key.batch + kv_head * layout.key.head;
-    let value_start = batch * layout.value.batch + kv_head * layout.value.head;
-    let key_source = Source {
-        address: global_address::<E>(key.as_ptr()) + key_start as u64 * 2u64,
-        stride: layout.key.token,
-    };
-    let value_source = Source {
-        address: global_address::<E>(value.as_ptr()) + value_start as u64 * 2u64,
-        stride: layout.value.token,
+    let turns = Turns {
+        first: source_of::<E>(&tensors.key, batch, kv_head, &tensors.layout.key),
+        second: source_of::<E>(&tensors.value, batch, kv_head, &tensors.layout.value),
     };
     if UNIT_POS < comptime![blueprint.shape.rows as u32] {
-        let id = row_at(&item, UNIT_POS, rows, &numbers, blueprint);
+        let id = note_row(&item, &mut row_ids, &mut bounds, rows, sequences, &numbers, blueprint);
         let row = id % INVALID_ROW;
-        row_ids[UNIT_POS as usize] = id;
-        let of_row = bounds_of_row(id, sequences, &numbers, blueprint);
-        bounds[UNIT_POS as usize] = of_row.position;
-        if comptime![blueprint.ragged] {
-            bounds[(UNIT_POS + comptime![blueprint.shape.rows as u32]) as usize] = of_row.first;
-        }
-        tiles[(comptime![starts_at(blueprint)] + UNIT_POS) as usize] = batch * layout.query.batch
-            + (kv_head * numbers.group + row % numbers.group) * layout.query.head
-            + row / numbers.group * layout.query.token;
+        let head = kv_head * numbers.group + row % numbers.group;
+        let start = tensors.layout.query.at(batch, head, row / numbers.group);
+        tiles[(comptime![starts_at(blueprint)] + UNIT_POS) as usize] = start;
     }
     sync_cube();
     // The queries join the first tile's group.
-    let query_source = global_address::<E>(query.as_ptr());
+    let query_source = global_address::<E>(tensors.query.as_ptr());
     copy_rows(
         query_source,
         &tiles,
@@ -221,11 +186,7 @@ pub(crate) fn attend_kernel<
         query_room,
         comptime![blueprint.query_tile()],
     );
-    #[unroll]
-    for step in 0..comptime![stages - 1] {
-        let room = ring + comptime![step * blueprint.key_bytes() as u32];
-        copy_ahead(UNIT_POS, &key_source, &value_source, &keys, 0u32, step, room, &numbers, blueprint);
-    }
+    fill(&turns, &keys, ring_room, &numbers, blueprint);
 
     let lane = UNIT_POS % 32u32;
     let warp_row = UNIT_POS / 32u32 * comptime![blueprint.warp_rows as u32];
@@ -236,52 +197,25 @@ pub(crate) fn attend_kernel<
         softmaxes.push(Softmax::new(
             kv_head * numbers.group + row_ids[row as usize] % INVALID_ROW % numbers.group,
             kv_head * numbers.group + row_ids[(row + 8u32) as usize] % INVALID_ROW % numbers.group,
-            sink_logits,
+            &tensors.sink_logits,
             &numbers,
             blueprint,
         ));
     }
     let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + ptx::across(lane);
-    let key_at = ring + ptx::down(lane);
-    let value_at = ring + ptx::across(lane);
+    let key_at = ring_room + ptx::down(lane);
+    let value_at = ring_room + ptx::across(lane);
 
     let mut acc = Vector::<f32, WO>::new(0.0f32);
-    // Where in the ring this step's tile is, and the one before, whose place is free once all warps are here.
-    let mut now = 0u32;
-    let mut before = u32::new(comptime![(ring_bytes - tile_bytes) as i64]);
+    let mut ring = Ring::new(blueprint);
     for tile in 0..keys.tiles {
-        ptx::copies_wait(comptime![stages - 2]);
-        sync_cube();
-        let ahead = comptime![stages - 1];
-        copy_ahead(
-            UNIT_POS,
-            &key_source,
-            &value_source,
-            &keys,
-            tile,
-            ahead,
-            ring + before,
-            &numbers,
-            blueprint,
-        );
-        let scores = ptx::scores::<WS>(query_at, key_at + now, blueprint);
-        before = now;
-        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+        ring.wait(blueprint);
+        ring.copy(UNIT_POS, &turns, &keys, tile, comptime![stages - 1], ring_room, &numbers, blueprint);
+        let scores = ptx::scores::<WS>(query_at, key_at + ring.now, blueprint);
+        ring.turn(blueprint);
 
-        ptx::copies_wait(comptime![stages - 2]);
-        sync_cube();
-        let ahead = comptime![stages];
-        copy_ahead(
-            UNIT_POS,
-            &key_source,
-            &value_source,
-            &keys,
-            tile,
-            ahead,
-            ring + before,
-            &numbers,
-            blueprint,
-        );
+        ring.wait(blueprint);
+        ring.copy(UNIT_POS, &turns, &keys, tile, stages, ring_room, &numbers, blueprint);
         let mut weights = Vector::<u32, WP>::new(0u32);
         #[unroll]
         for block in 0..blocks {
@@ -313,9 +247,8 @@ pub(crate) fn attend_kernel<
                 }
             }
         }
-        acc = ptx::values::<WO, WP>(acc, weights, value_at + now, blueprint);
-        before = now;
-        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+        acc = ptx::values::<WO, WP>(acc, weights, value_at + ring.now, blueprint);
+        ring.turn(blueprint);
     }
 
     let target = global_address::<O>(out.as_ptr());
@@ -357,7 +290,18 @@ pub(crate) fn attend_kernel<
             blueprint,
         );
         redo_odd::<E, O>(
-            &upper, &lower, batch, kv_head, query, key, value, sequences, &layout, out, &keys, &numbers,
+            &upper,
+            &lower,
+            batch,
+            kv_head,
+            &tensors.query,
+            &tensors.key,
+            &tensors.value,
+            sequences,
+            &tensors.layout,
+            out,
+            &keys,
+            &numbers,
             blueprint,
         );
     }

@@ -4,6 +4,7 @@ pub(crate) mod backward;
 mod copies;
 mod kernel;
 mod ptx;
+mod ring;
 mod source;
 
 use bifocal_core::{
@@ -17,27 +18,21 @@ use cubecl::{client::Client, prelude::*};
 
 use self::kernel::attend_kernel;
 use crate::{
+    arguments::{forward_tensors, strides},
     engine::Work,
-    portable::strides,
+    rows::Sight,
     tensor_core::{
         self, Blueprint, Operand, Shape,
-        launch::{ITEM_ROWS, aligned, numbers},
-        source::{Gpu, samples},
+        launch::{ITEM_ROWS, aligned, inputs_aligned, numbers},
+        source::{Gpu, Source, samples},
     },
-    visibility::Visibility,
 };
 
 /// What a cube may use of shared memory on every GPU that this routine takes (99 KiB on consumer cards).
 const SHARED_MEMORY: usize = 99 << 10;
 
 /// The one place where tile sizes are decided. `None` where there is no kernel for a head dim or element type.
-fn blueprint(
-    problem: &Problem,
-    visibility: Visibility,
-    routed: bool,
-    sink_logits: bool,
-    out_f32: bool,
-) -> Option<Blueprint> {
+fn blueprint(problem: &Problem, sight: Sight, sink_logits: bool, out_f32: bool) -> Option<Blueprint> {
     let operand = Operand::of(problem.element)?;
     // Keys and values are read from shared memory once per warp: the more rows it has the better, but outputs and
     // scores share a thread's 255 registers. Two cubes share the 164 KiB of an A100's multiprocessor.
@@ -48,23 +43,8 @@ fn blueprint(
         _ => return None,
     };
     let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
-    let softcap = problem.softcap.is_some();
-    let query_stages = 1;
-    Some(Blueprint {
-        visibility,
-        routed,
-        ragged: false,
-        softcap,
-        sink_logits,
-        out_f32,
-        shape,
-        warp_rows,
-        stages,
-        query_stages,
-        item_stages: query_stages,
-        turns: false,
-        slice_tiles: 0,
-    })
+    let blueprint = Blueprint::new(sight, problem.softcap.is_some(), shape, warp_rows, stages);
+    Some(Blueprint { sink_logits, out_f32, ..blueprint })
 }
 
 /// Scores, packed weights and outputs that a thread holds: of 16 rows, then of all rows of its warp.
@@ -84,9 +64,7 @@ pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(),
 
 /// Whether memory is laid out as 16-byte accesses need it; if not, why.
 pub(crate) fn takes(inputs: &Inputs<'_>, partial: &Partial) -> Result<(), Refusal> {
-    aligned("query", inputs.query, false)?;
-    aligned("key", inputs.key, false)?;
-    aligned("value", inputs.value, false)?;
+    inputs_aligned(inputs, false)?;
     aligned("the output", partial.out.view(), false)
 }
 
@@ -100,9 +78,7 @@ pub(crate) fn launch(
 ) -> Option<()> {
     let out_f32 = partial.out.element() == Element::F32;
     let sink_logits = inputs.sink_logits.is_some();
-    let blueprint = blueprint(problem, work.visibility, work.routed, sink_logits, out_f32)?;
-    let blueprint = Blueprint { ragged: work.sequences.is_some(), ..blueprint };
-    let [scores, weights, outputs, warp_scores, warp_weights, warp_outputs] = sizes(blueprint);
+    let blueprint = blueprint(problem, work.sight(), sink_logits, out_f32)?;
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape and cut into items of `ITEM_ROWS`.
     unsafe {
@@ -110,32 +86,18 @@ pub(crate) fn launch(
             client,
             CubeCount::Static(work.max_items as u32, 1, 1),
             CubeDim::new_1d(blueprint.threads()),
-            elements(inputs.query),
-            elements(inputs.key),
-            elements(inputs.value),
-            match &inputs.sink_logits {
-                Some(sinks) => elements(*sinks),
-                None => words(work.items),
-            },
+            forward_tensors(inputs, work),
             words(work.rows),
             words(work.items),
             words(work.item_counts),
-            words(work.sequences.unwrap_or(work.items)),
+            work.bounds(),
             elements(partial.out.view()),
             elements(partial.lse.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
             strides(partial.out.strides()),
             numbers(problem, work),
             blueprint,
-            [problem.element.into(), partial.out.element().into()],
-            scores,
-            weights,
-            outputs,
-            warp_scores,
-            warp_weights,
-            warp_outputs,
+            blueprint.elements(),
+            sizes(blueprint),
         );
     }
     Some(())
@@ -143,15 +105,15 @@ pub(crate) fn launch(
 
 /// The CUDA C++ of every kernel that [`samples`] asks for, with its name and architecture. Hopper has a routine of its own:
 /// for it the plain routed kernels will do.
-pub(crate) fn sources() -> impl Iterator<Item = (String, impl FnOnce() -> Result<String, String>)> {
+pub(crate) fn sources() -> impl Iterator<Item = (String, Source)> {
     [Gpu::A100, Gpu::H100].into_iter().flat_map(|gpu| {
         samples().filter_map(move |sample| {
             if gpu == Gpu::H100 && (sample.ragged || !sample.routed) {
                 return None;
             }
-            let blueprint = blueprint(&sample.problem, sample.visibility, sample.routed, false, false)?;
-            let blueprint = Blueprint { ragged: sample.ragged, ..blueprint };
-            Some((format!("mma-{}.{}", sample.name(), gpu.arch()), move || source::source(blueprint, gpu)))
+            let blueprint = blueprint(&sample.problem, sample.sight(), false, false)?;
+            let source: Source = Box::new(move || source::source(blueprint, gpu));
+            Some((format!("mma-{}.{}", sample.name(), gpu.arch()), source))
         })
     })
 }

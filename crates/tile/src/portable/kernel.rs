@@ -6,10 +6,14 @@ use cubecl::prelude::*;
 
 use super::{
     Blueprint,
-    numbers::{Numbers, Strides, offset},
+    numbers::{Numbers, offset},
     tile::{KeyRanges, Keys, bounds_at, gather, key_ranges, keys_of, rows_of, sees, slot_of},
 };
-use crate::{rows::all_see, visibility::Bounds};
+use crate::{
+    arguments::{ForwardTensors, Strides},
+    rows::all_see,
+    visibility::Bounds,
+};
 
 /// The running state of the online softmax of one tile.
 #[derive(CubeType)]
@@ -35,8 +39,7 @@ struct Tile<R: Size> {
 #[cube]
 fn score<E: Float, R: Size>(
     tile: &mut Tile<R>,
-    query: &[E],
-    key: &[E],
+    tensors: &ForwardTensors<E>,
     keys: &Keys,
     first: i32,
     end: i32,
@@ -57,11 +60,11 @@ fn score<E: Float, R: Size>(
         let q = if comptime![blueprint.staged] {
             tile.query[d]
         } else {
-            scaled::<E, R>(&tile.query_offsets, query, d, numbers, blueprint)
+            scaled::<E, R>(&tile.query_offsets, &tensors.query, d, numbers, blueprint)
         };
         #[unroll]
         for x in 0..key_block {
-            let k = f32::cast_from(key[offsets[x] + d]);
+            let k = f32::cast_from(tensors.key[offsets[x] + d]);
             scores[x] = fma(q, Vector::new(k), scores[x]);
         }
     }
@@ -115,9 +118,7 @@ fn raise<R: Size>(
 #[cube]
 fn fold_chunk<E: Float, R: Size>(
     tile: &mut Tile<R>,
-    query: &[E],
-    key: &[E],
-    value: &[E],
+    tensors: &ForwardTensors<E>,
     keys: &Keys,
     first: i32,
     end: i32,
@@ -133,7 +134,7 @@ fn fold_chunk<E: Float, R: Size>(
     for block in 0..length.div_ceil(key_block) {
         let at = block * key_block;
         let from = first + at as i32;
-        let scores = score::<E, R>(tile, query, key, keys, from, end, numbers, masked, blueprint);
+        let scores = score::<E, R>(tile, tensors, keys, from, end, numbers, masked, blueprint);
         #[unroll]
         for x in 0..key_block {
             tile.weights[at + x] = scores[x];
@@ -164,13 +165,13 @@ fn fold_chunk<E: Float, R: Size>(
                 let seen = sees::<R>(tile.firsts, tile.positions, Vector::new(j), numbers, blueprint.sight);
                 #[unroll]
                 for x in 0..dim_block {
-                    let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
+                    let v = Vector::<f32, R>::new(f32::cast_from(tensors.value[row + x]));
                     acc[x] = select_many(seen, fma(weight, v, acc[x]), acc[x]);
                 }
             } else {
                 #[unroll]
                 for x in 0..dim_block {
-                    let v = Vector::<f32, R>::new(f32::cast_from(value[row + x]));
+                    let v = Vector::<f32, R>::new(f32::cast_from(tensors.value[row + x]));
                     acc[x] = fma(weight, v, acc[x]);
                 }
             }
@@ -188,9 +189,7 @@ fn fold_chunk<E: Float, R: Size>(
 #[cube]
 fn fold_block<E: Float, R: Size>(
     tile: &mut Tile<R>,
-    query: &[E],
-    key: &[E],
-    value: &[E],
+    tensors: &ForwardTensors<E>,
     keys: &Keys,
     first: i32,
     end: i32,
@@ -198,7 +197,7 @@ fn fold_block<E: Float, R: Size>(
     #[comptime] blueprint: Blueprint,
 ) {
     let key_block = comptime![blueprint.key_block];
-    let mut weights = score::<E, R>(tile, query, key, keys, first, end, numbers, true, blueprint);
+    let mut weights = score::<E, R>(tile, tensors, keys, first, end, numbers, true, blueprint);
     let mut maximum = tile.maximum[0];
     #[unroll]
     for x in 0..key_block {
@@ -227,7 +226,7 @@ fn fold_block<E: Float, R: Size>(
                 numbers,
                 blueprint.sight,
             );
-            let v = Vector::<f32, R>::new(f32::cast_from(value[rows[x] + d]));
+            let v = Vector::<f32, R>::new(f32::cast_from(tensors.value[rows[x] + d]));
             let sum = select_many(seen, fma(weights[x], v, acc), acc);
             acc = select(j < end, sum, acc);
         }
@@ -239,9 +238,7 @@ fn fold_block<E: Float, R: Size>(
 #[cube]
 fn fold<E: Float, R: Size>(
     tile: &mut Tile<R>,
-    query: &[E],
-    key: &[E],
-    value: &[E],
+    tensors: &ForwardTensors<E>,
     keys: &Keys,
     ranges: &KeyRanges,
     lowest: Bounds,
@@ -254,12 +251,12 @@ fn fold<E: Float, R: Size>(
         let next = ranges.until(at, blueprint.chunk);
         if comptime![blueprint.staged] {
             if all_see(lowest, highest, at, next - 1, numbers.window, numbers.sinks, blueprint.sight) {
-                fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, false, blueprint);
+                fold_chunk::<E, R>(tile, tensors, keys, at, next, numbers, false, blueprint);
             } else {
-                fold_chunk::<E, R>(tile, query, key, value, keys, at, next, numbers, true, blueprint);
+                fold_chunk::<E, R>(tile, tensors, keys, at, next, numbers, true, blueprint);
             }
         } else {
-            fold_block::<E, R>(tile, query, key, value, keys, at, next, numbers, blueprint);
+            fold_block::<E, R>(tile, tensors, keys, at, next, numbers, blueprint);
         }
         at = ranges.after(next);
     }
@@ -268,19 +265,13 @@ fn fold<E: Float, R: Size>(
 /// One unit, one part of an item: up to `lanes` rows of one kv head, packed over its query heads.
 #[cube(launch_unchecked)]
 pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    sink_logits: &[f32],
+    tensors: &ForwardTensors<E>,
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
     sequences: &[u32],
     out: &mut [O],
     lse: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
     out_strides: Strides,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
@@ -298,7 +289,8 @@ pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
     let mut query_offsets = Array::<usize>::new(lanes);
     #[unroll]
     for lane in 0..lanes {
-        query_offsets[lane] = offset(&query_strides, batch, tile_rows.heads[lane], tile_rows.tokens[lane]);
+        query_offsets[lane] =
+            offset(&tensors.layout.query, batch, tile_rows.heads[lane], tile_rows.tokens[lane]);
     }
 
     let staged = comptime![blueprint.staged];
@@ -314,7 +306,7 @@ pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
     };
     if staged {
         for d in 0..numbers.head_dim as usize {
-            tile.query[d] = scaled::<E, R>(&tile.query_offsets, query, d, &numbers, blueprint);
+            tile.query[d] = scaled::<E, R>(&tile.query_offsets, &tensors.query, d, &numbers, blueprint);
         }
     }
     if comptime![blueprint.sink_logits] {
@@ -322,7 +314,7 @@ pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
         let mut sink = Vector::<f32, R>::new(0.0f32);
         #[unroll]
         for lane in 0..lanes {
-            sink.insert(lane, sink_logits[tile_rows.heads[lane] as usize]);
+            sink.insert(lane, tensors.sink_logits[tile_rows.heads[lane] as usize]);
         }
         let absent = sink.equal(&Vector::new(numbers.neg_inf));
         tile.maximum[0] = sink;
@@ -332,11 +324,11 @@ pub(super) fn attend_kernel<E: Float, O: Float, R: Size>(
         tile.sum[0] = Vector::new(0.0f32);
     }
 
-    let keys = keys_of(batch, kv_head, &key_strides, &value_strides, &numbers);
+    let keys = keys_of(batch, kv_head, &tensors.layout, &numbers);
     let lowest = bounds_at::<R>(tile.firsts, tile.positions, 0usize);
     let highest = bounds_at::<R>(tile.firsts, tile.positions, comptime![lanes - 1]);
     let ranges = key_ranges(lowest, highest, &numbers, blueprint.sight.visibility);
-    fold::<E, R>(&mut tile, query, key, value, &keys, &ranges, lowest, highest, &numbers, blueprint);
+    fold::<E, R>(&mut tile, tensors, &keys, &ranges, lowest, highest, &numbers, blueprint);
 
     // A row without keys has sum 0: its output is 0 and its log-sum-exp -inf.
     let sum = tile.sum[0];

@@ -15,16 +15,15 @@ use bifocal_core::{
 };
 use cubecl::client::Client;
 
+pub(crate) use self::blueprint::lanes;
 use self::{
     blueprint::Blueprint,
     kernel::attend_kernel,
     numbers::{numbers, parts},
 };
-pub(crate) use self::{
-    blueprint::lanes,
-    numbers::{Strides, strides},
-};
-use crate::engine::Work;
+// As the kernels of `wgmma` know them.
+pub(crate) use crate::arguments::{Strides, strides};
+use crate::{arguments::forward_tensors, engine::Work};
 
 /// Whether this routine can run `problem` on a device with this profile; if not, why.
 pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(), Refusal> {
@@ -61,22 +60,13 @@ pub(crate) fn launch(
             client,
             cubes,
             units,
-            elements(inputs.query),
-            elements(inputs.key),
-            elements(inputs.value),
-            match &inputs.sink_logits {
-                Some(sinks) => elements(*sinks),
-                None => words(work.items),
-            },
+            forward_tensors(inputs, work),
             words(work.rows),
             words(work.items),
             words(work.item_counts),
-            words(work.sequences.unwrap_or(work.items)),
+            work.bounds(),
             elements(partial.out.view()),
             elements(partial.lse.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
             strides(partial.out.strides()),
             numbers(problem, work, lanes),
             blueprint,

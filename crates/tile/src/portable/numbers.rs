@@ -1,27 +1,14 @@
-//! What is passed to portable kernels beside buffers.
+//! The numbers that portable kernels are launched with.
 
 use bifocal_core::Problem;
 use cubecl::prelude::*;
 
-use crate::engine::Work;
-
-/// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
-#[derive(CubeType, CubeLaunch, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Strides {
-    pub(crate) batch: u32,
-    pub(crate) head: u32,
-    pub(crate) token: u32,
-}
-
-pub(crate) fn strides(strides: [usize; 4]) -> StridesLaunch {
-    StridesLaunch::new(strides[0] as u32, strides[1] as u32, strides[2] as u32)
-}
+use crate::{arguments::Strides, engine::Work};
 
 /// Where a row begins.
 #[cube]
 pub(super) fn offset(strides: &Strides, batch: u32, head: u32, token: u32) -> usize {
-    (batch * strides.batch + head * strides.head + token * strides.token) as usize
+    strides.at(batch, head, token) as usize
 }
 
 /// The run-time numbers of a problem.

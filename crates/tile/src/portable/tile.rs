@@ -5,8 +5,9 @@
 
 use cubecl::prelude::*;
 
-use super::numbers::{Numbers, Strides};
+use super::numbers::Numbers;
 use crate::{
+    arguments::Layout,
     rows::{INVALID_ROW, List, Sight, bounds_of_row, row_of},
     visibility::{Bounds, Visibility},
 };
@@ -137,26 +138,20 @@ pub(super) struct Keys {
 }
 
 #[cube]
-pub(super) fn keys_of(
-    batch: u32,
-    kv_head: u32,
-    key_strides: &Strides,
-    value_strides: &Strides,
-    numbers: &Numbers,
-) -> Keys {
+pub(super) fn keys_of(batch: u32, kv_head: u32, layout: &Layout, numbers: &Numbers) -> Keys {
     // Assigned under a condition that always holds, so that compilers keep the two as values: left as expressions, their
     // divisions are computed again for every key and dimension (half of the time on the CPU runtime).
     let mut key_base = 0u32;
     let mut value_base = 0u32;
     if numbers.lists > 0u32 {
-        key_base = batch * key_strides.batch + kv_head * key_strides.head;
-        value_base = batch * value_strides.batch + kv_head * value_strides.head;
+        key_base = batch * layout.key.batch + kv_head * layout.key.head;
+        value_base = batch * layout.value.batch + kv_head * layout.value.head;
     }
     Keys {
         key: key_base as usize,
         value: value_base as usize,
-        key_stride: key_strides.token as usize,
-        value_stride: value_strides.token as usize,
+        key_stride: layout.key.token as usize,
+        value_stride: layout.value.token as usize,
     }
 }
 

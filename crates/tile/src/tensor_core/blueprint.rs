@@ -1,4 +1,5 @@
 use bifocal_core::Element;
+use cubecl::ir::ElemType;
 
 use crate::{rows::Sight, visibility::Visibility};
 
@@ -75,6 +76,7 @@ pub(crate) struct Blueprint {
     pub(crate) warp_rows: usize,
     /// Tiles that the ring in shared memory holds: `wgmma` has one of keys and one of values, `mma` one for both.
     pub(crate) stages: u32,
+    // What follows is `wgmma`'s, whose cubes take many items.
     /// Items whose queries are in shared memory.
     pub(crate) query_stages: u32,
     /// Items whose rows are known: at least as many.
@@ -86,6 +88,38 @@ pub(crate) struct Blueprint {
 }
 
 impl Blueprint {
+    /// A kernel of one item per cube, without sink logits, whose output has the inputs' type.
+    pub(crate) const fn new(
+        sight: Sight,
+        softcap: bool,
+        shape: Shape,
+        warp_rows: usize,
+        stages: u32,
+    ) -> Self {
+        let Sight { visibility, routed, ragged } = sight;
+        Self {
+            visibility,
+            routed,
+            ragged,
+            softcap,
+            sink_logits: false,
+            out_f32: false,
+            shape,
+            warp_rows,
+            stages,
+            query_stages: 1,
+            item_stages: 1,
+            turns: false,
+            slice_tiles: 0,
+        }
+    }
+
+    /// Element types of the inputs and of the output.
+    pub(crate) fn elements(self) -> [ElemType; 2] {
+        let element = self.shape.operand.element();
+        [element, if self.out_f32 { Element::F32 } else { element }].map(Into::into)
+    }
+
     pub(crate) const fn sight(self) -> Sight {
         Sight { visibility: self.visibility, routed: self.routed, ragged: self.ragged }
     }

@@ -8,7 +8,7 @@ use super::{
     ptx,
     softmax::{Softmax, row_sum, squash},
 };
-use crate::{portable::Strides, rows::INVALID_ROW};
+use crate::{arguments::Strides, rows::INVALID_ROW};
 
 /// One row as the computing threads know it at the end.
 #[derive(CubeType, Clone, Copy)]
@@ -60,7 +60,7 @@ pub(crate) fn finish<NO: Size>(
         probe = fma(acc.extract(block * 4 + half * 2 + 1), 0.0f32, probe);
     }
     let finite = row_sum(probe) == 0.0f32;
-    let offset = batch * out_strides.batch + head * out_strides.head + token * out_strides.token;
+    let offset = out_strides.at(batch, head, token);
     store_row::<NO>(acc, norm, target, offset, written && finite, half, blueprint);
     let odd = select(written && !finite, 1u32, 0u32);
     Row { token, head, offset, exponent, norm, odd }
@@ -125,8 +125,7 @@ fn redo<E: Float, O: Float>(
     let lane = UNIT_POS % 32u32;
     let parts = comptime![blueprint.shape.dim / 32];
     let bounds = bounds_of_row(row.token * numbers.group, sequences, numbers, blueprint);
-    let query_at =
-        batch * layout.query.batch + row.head * layout.query.head + row.token * layout.query.token + lane;
+    let query_at = layout.query.at(batch, row.head, row.token) + lane;
     let key_at = batch * layout.key.batch + kv_head * layout.key.head + lane;
     let value_at = batch * layout.value.batch + kv_head * layout.value.head + lane;
     let mut sums = Array::<f32>::new(parts);

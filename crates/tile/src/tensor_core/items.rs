@@ -151,6 +151,22 @@ pub(crate) fn keys_between(
     Keys { sinks_begin, sinks_end, begin, end, sink_tiles, tiles }
 }
 
+/// The keys that the rows of an item visit.
+#[cube]
+pub(crate) fn keys_of(
+    item: &Item,
+    rows: &[u32],
+    sequences: &[u32],
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Keys {
+    let first = row_at(item, 0u32, rows, numbers, blueprint);
+    let last = row_at(item, item.rows, rows, numbers, blueprint);
+    let first = bounds_of_row(first, sequences, numbers, blueprint);
+    let last = bounds_of_row(last, sequences, numbers, blueprint);
+    keys_between(&first, &last, numbers, blueprint)
+}
+
 /// Where the sinks of an item begin: known to be 0 unless the batch is ragged, which saves a register.
 #[cube]
 pub(crate) fn sinks_begin(keys: &Keys, #[comptime] blueprint: Blueprint) -> i32 {

@@ -1,6 +1,9 @@
 //! What both routines check, and hand to their kernels.
 
-use bifocal_core::{Element, Problem, Refusal, device::TensorView};
+use bifocal_core::{
+    Element, Problem, Refusal,
+    device::{Inputs, TensorView},
+};
 
 use super::NumbersLaunch;
 use crate::engine::Work;
@@ -57,6 +60,13 @@ pub(crate) fn aligned(tensor: &'static str, view: TensorView<'_, 4>, bulk: bool)
         return refuse("a start that is no multiple of 16 bytes");
     }
     Ok(())
+}
+
+/// [`aligned`], of query, key and value; the latter two are copied in bulk, or not.
+pub(crate) fn inputs_aligned(inputs: &Inputs<'_>, bulk: bool) -> Result<(), Refusal> {
+    aligned("query", inputs.query, false)?;
+    aligned("key", inputs.key, bulk)?;
+    aligned("value", inputs.value, bulk)
 }
 
 /// The run-time numbers of a problem.

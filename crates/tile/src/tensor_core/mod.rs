@@ -20,7 +20,7 @@ pub(crate) mod source;
 use cubecl::prelude::*;
 
 pub(crate) use self::blueprint::{Blueprint, Operand, PANEL, SWIZZLE, Shape};
-use crate::portable::Strides;
+pub(crate) use crate::arguments::Layout;
 
 /// The run-time numbers of a problem.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -47,15 +47,6 @@ pub(crate) struct Numbers {
     pub(crate) softcap_scale: f32,
     pub(crate) neg_inf: f32,
     pub(crate) nan: f32,
-}
-
-/// How queries, keys and values lie in memory.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(crate) struct Layout {
-    pub(crate) query: Strides,
-    pub(crate) key: Strides,
-    pub(crate) value: Strides,
 }
 
 /// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle,

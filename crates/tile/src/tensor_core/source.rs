@@ -24,7 +24,12 @@ use cubecl_cpp::{
     target::Cuda,
 };
 
-use crate::{rows::Sight, visibility::Visibility};
+use super::NumbersLaunch;
+use crate::{
+    arguments::{BackwardTensorsLaunch, ForwardTensorsLaunch, LayoutLaunch, strides},
+    rows::Sight,
+    visibility::Visibility,
+};
 
 /// One of the cases that kernels are compiled for: one for every shape of tile and every visibility; softcap, sink
 /// logits and f32 outputs change little.
@@ -168,6 +173,12 @@ pub(crate) fn target() -> Arc<TargetProperties> {
     })
 }
 
+/// Writes a kernel.
+pub(crate) type Source = Box<dyn FnOnce() -> Result<String, String>>;
+
+/// The grid of a launch that there is none of.
+pub(crate) const ONE_CUBE: CubeCount = CubeCount::Static(1, 1, 1);
+
 /// Memory that nobody reads.
 pub(crate) fn handle() -> Handle {
     let service = ServiceId::of::<Gpu>(DeviceId::new(0, 0));
@@ -177,4 +188,21 @@ pub(crate) fn handle() -> Handle {
 pub(crate) fn buffer() -> BufferArg {
     // SAFETY: nothing is launched, so nothing is read or written.
     unsafe { BufferArg::from_raw_parts(handle(), 1 << 10) }
+}
+
+fn layout() -> LayoutLaunch {
+    LayoutLaunch::new(strides([1; 4]), strides([1; 4]), strides([1; 4]))
+}
+
+pub(crate) fn forward_tensors<E: Float>() -> ForwardTensorsLaunch<E> {
+    ForwardTensorsLaunch::new(buffer(), buffer(), buffer(), buffer(), layout())
+}
+
+pub(crate) fn backward_tensors<E: Float>() -> BackwardTensorsLaunch<E, E> {
+    let [query, key, value, d_out, lse, delta] = [(); 6].map(|()| buffer());
+    BackwardTensorsLaunch::new(query, key, value, d_out, lse, delta, layout(), strides([1; 4]))
+}
+
+pub(crate) fn numbers() -> NumbersLaunch {
+    NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0)
 }

@@ -19,12 +19,13 @@ use cubecl::{client::Client, ir::ElemType, prelude::*};
 use self::kernel::{attend_kernel, parts, tickets};
 pub use self::products::products;
 use crate::{
+    arguments::strides,
     engine::Work,
-    portable::strides,
+    rows::Sight,
     tensor_core::{
         self, Blueprint, Operand, PANEL, Shape,
-        launch::{ITEM_ROWS, aligned, numbers},
-        source::{Gpu, samples},
+        launch::{ITEM_ROWS, aligned, inputs_aligned, numbers},
+        source::{Gpu, Source, samples},
     },
     visibility::Visibility,
 };
@@ -53,26 +54,19 @@ fn blueprint(
         _ => return None,
     };
     let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
-    let softcap = problem.softcap.is_some();
     // Over many tiles warpgroups find their own rhythm; a window's few, and the small tiles of head dim 64, are better
     // off with turns (H100, head dim 128: 3 to 7 % at 16,384 and 32,768 tokens, -4 % for a window of 256).
     let few_tiles = matches!(visibility, Visibility::Window | Visibility::SinksAndWindow);
     let turns = few_tiles || problem.head_dim == 64;
-    let warp_rows = 16;
+    let sight = Sight { visibility, routed, ragged: false };
+    let blueprint = Blueprint::new(sight, problem.softcap.is_some(), shape, 16, stages);
     let blueprint = Blueprint {
-        visibility,
-        routed,
-        ragged: false,
-        softcap,
         sink_logits,
         out_f32,
-        shape,
-        warp_rows,
-        stages,
         query_stages,
         item_stages: kernel::ITEM_STAGES,
         turns,
-        slice_tiles: 0,
+        ..blueprint
     };
     // All rows of a list follow one another through its keys; routed ones are few, and soon at different places. The
     // outputs of head dim 256 leave no registers to add others to.
@@ -102,9 +96,7 @@ pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(),
 
 /// Whether memory is laid out as bulk copies and 16-byte accesses need it; if not, why.
 pub(crate) fn takes(inputs: &Inputs<'_>, partial: &Partial) -> Result<(), Refusal> {
-    aligned("query", inputs.query, false)?;
-    aligned("key", inputs.key, true)?;
-    aligned("value", inputs.value, true)?;
+    inputs_aligned(inputs, true)?;
     aligned("the output", partial.out.view(), false)
 }
 
@@ -154,16 +146,13 @@ pub(crate) fn launch(
             tensor_map(inputs.value, element, blueprint),
             elements(inputs.key),
             elements(inputs.value),
-            match &inputs.sink_logits {
-                Some(sinks) => elements(*sinks),
-                None => words(work.items),
-            },
+            work.sink_logits(inputs),
             words(work.rows),
             words(work.items),
             words(work.item_counts),
             words(&counters),
             words(&parked),
-            words(work.sequences.unwrap_or(work.items)),
+            work.bounds(),
             elements(partial.out.view()),
             elements(partial.lse.view()),
             strides(inputs.query.strides()),
@@ -174,7 +163,7 @@ pub(crate) fn launch(
             park_room as u32,
             most_slices(problem, work, blueprint),
             blueprint,
-            [element, partial.out.element().into()],
+            blueprint.elements(),
             keys / 2,
             keys / 4,
             blueprint.shape.columns() / 2,
@@ -216,10 +205,11 @@ unsafe fn tensor_map(
 }
 
 /// The CUDA C++ of every kernel that [`samples`] asks for, with its name and architecture.
-pub(crate) fn sources() -> impl Iterator<Item = (String, impl FnOnce() -> Result<String, String>)> {
+pub(crate) fn sources() -> impl Iterator<Item = (String, Source)> {
     samples().filter_map(|sample| {
         let blueprint = blueprint(&sample.problem, sample.visibility, sample.routed, false, false)?;
         let blueprint = Blueprint { ragged: sample.ragged, ..blueprint };
-        Some((format!("attend-{}.{}", sample.name(), Gpu::H100.arch()), move || source::source(blueprint)))
+        let source: Source = Box::new(move || source::source(blueprint));
+        Some((format!("attend-{}.{}", sample.name(), Gpu::H100.arch()), source))
     })
 }

@@ -1,41 +1,36 @@
 //! The kernel as CUDA C++.
 
 use bifocal_core::device::Tensor;
-use cubecl::{ir::ElemType, prelude::*};
+use cubecl::prelude::*;
 
 use super::kernel::{attend_kernel, threads};
 use crate::{
-    portable::strides,
+    arguments::strides,
     tensor_core::{
-        Blueprint, NumbersLaunch,
-        source::{Gpu, buffer, handle, target},
+        Blueprint, Shape,
+        source::{Gpu, ONE_CUBE, buffer, handle, numbers, target},
     },
 };
 
+/// How the copy engine would read keys, or values.
+pub(super) fn map(blueprint: Blueprint) -> TensorMapArg<Tiled> {
+    let Shape { operand, keys, dim, .. } = blueprint.shape;
+    let tensor = Tensor::new(handle(), operand.element(), [1, 1, keys, dim], [dim, dim, dim, 1]);
+    // SAFETY: nothing is launched, so nothing is read or written.
+    unsafe { super::tensor_map(tensor.view(), operand.element().into(), blueprint) }
+}
+
 /// The CUDA C++ of one kernel.
 pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
-    let element: ElemType = blueprint.shape.operand.element().into();
-    let out: ElemType = if blueprint.out_f32 { bifocal_core::Element::F32.into() } else { element };
-    let map = || {
-        let shape = [1, 1, blueprint.shape.keys, blueprint.shape.dim];
-        let strides = [blueprint.shape.dim; 3];
-        let tensor = Tensor::new(
-            handle(),
-            blueprint.shape.operand.element(),
-            shape,
-            [strides[0], strides[1], strides[2], 1],
-        );
-        // SAFETY: nothing is launched, so nothing is read or written.
-        unsafe { super::tensor_map(tensor.view(), element, blueprint) }
-    };
+    let [element, out] = blueprint.elements();
     let kernel = attend_kernel::create_dummy_kernel(
         Gpu::H100.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(threads(blueprint)),
         buffer(),
-        map(),
-        map(),
+        map(blueprint),
+        map(blueprint),
         buffer(),
         buffer(),
         buffer(),
@@ -51,7 +46,7 @@ pub(super) fn source(blueprint: Blueprint) -> Result<String, String> {
         strides([1; 4]),
         strides([1; 4]),
         strides([1; 4]),
-        NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0),
+        numbers(),
         1,
         1,
         blueprint,

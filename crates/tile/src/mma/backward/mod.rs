@@ -22,12 +22,12 @@ pub(crate) use self::source::sources;
 use self::{key::key_kernel, query::query_kernel};
 use super::SHARED_MEMORY;
 use crate::{
+    arguments::backward_tensors,
     engine::Work,
-    portable::strides,
     rows::Sight,
     tensor_core::{
         Blueprint, Operand, Shape,
-        launch::{ITEM_ROWS, aligned, numbers},
+        launch::{ITEM_ROWS, aligned, inputs_aligned, numbers},
     },
     visibility::Visibility,
 };
@@ -46,20 +46,10 @@ pub(super) struct Blueprints {
 pub(super) fn blueprints(problem: &Problem, sight: Sight, shared_memory: usize) -> Option<Blueprints> {
     let (operand, dim) = (Operand::of(problem.element)?, problem.head_dim);
     let large = shared_memory >= LARGE;
-    let blueprint = |rows, keys, warp_rows, stages| Blueprint {
-        visibility: sight.visibility,
-        routed: sight.routed,
-        ragged: sight.ragged,
-        softcap: problem.softcap.is_some(),
-        sink_logits: false,
-        out_f32: true,
-        shape: Shape { operand, rows, keys, dim },
-        warp_rows,
-        stages,
-        query_stages: 1,
-        item_stages: 1,
-        slice_tiles: 0,
-        turns: false,
+    let blueprint = |rows, keys, warp_rows, stages| {
+        let shape = Shape { operand, rows, keys, dim };
+        let blueprint = Blueprint::new(sight, problem.softcap.is_some(), shape, warp_rows, stages);
+        Blueprint { out_f32: true, ..blueprint }
     };
     // Keys of a cube, rows of a step, keys of a warp. Rows are read from shared memory once per warp, keys once per
     // warp and step: the more of both the better, but sums and scores share a thread's 255 registers. Where a key is
@@ -106,9 +96,7 @@ pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(),
 
 /// Whether memory is laid out as 16-byte accesses need it; if not, why.
 pub(crate) fn takes(problem: &Problem, inputs: &Inputs<'_>, saved: &Saved<'_>) -> Result<(), Refusal> {
-    aligned("query", inputs.query, false)?;
-    aligned("key", inputs.key, false)?;
-    aligned("value", inputs.value, false)?;
+    inputs_aligned(inputs, false)?;
     let tensor = "the gradient of the output";
     if saved.d_out.element() != problem.element {
         return Err(Refusal::Layout { tensor, layout: "another element type than the inputs" });
@@ -127,66 +115,41 @@ pub(crate) fn launch(
     gradients: &Gradients,
 ) -> Option<()> {
     let Blueprints { key, query } = blueprints(problem, work.sight(), profile.shared_memory)?;
-    let sequences = work.sequences.unwrap_or(work.items);
     let tiles = problem.batch * problem.kv_heads * problem.key_len.div_ceil(key.shape.rows);
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape and cut into items of `ITEM_ROWS`.
     unsafe {
-        let [scores, weights, sums] = sizes(key);
         key_kernel::launch_unchecked(
             client,
             CubeCount::Static(tiles as u32, 1, 1),
             CubeDim::new_1d(key::threads(key)),
-            elements(inputs.query),
-            elements(inputs.key),
-            elements(inputs.value),
-            elements(saved.d_out),
-            elements(saved.partial.lse.view()),
-            elements(saved.delta),
+            backward_tensors(inputs, saved),
             words(work.rows),
             words(work.list_counts),
-            words(sequences),
+            work.bounds(),
             elements(gradients.key.view()),
             elements(gradients.value.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
-            strides(saved.d_out.strides()),
             numbers(problem, work),
             problem.scale,
             key,
             problem.element.into(),
-            scores,
-            weights,
-            sums,
+            sizes(key),
         );
-        let [scores, slopes, sums] = sizes(query);
         query_kernel::launch_unchecked(
             client,
             CubeCount::Static(work.max_items as u32, 1, 1),
             CubeDim::new_1d(query.threads()),
-            elements(inputs.query),
-            elements(inputs.key),
-            elements(inputs.value),
-            elements(saved.d_out),
-            elements(saved.partial.lse.view()),
-            elements(saved.delta),
+            backward_tensors(inputs, saved),
             words(work.rows),
             words(work.items),
             words(work.item_counts),
-            words(sequences),
+            work.bounds(),
             elements(gradients.query.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
-            strides(saved.d_out.strides()),
             numbers(problem, work),
             problem.scale,
             query,
             problem.element.into(),
-            scores,
-            slopes,
-            sums,
+            sizes(query),
         );
     }
     Some(())

@@ -3,7 +3,7 @@
 use cubecl::prelude::*;
 
 use crate::{
-    portable::Strides,
+    arguments::{BackwardTensors, Strides},
     rows::INVALID_ROW,
     tensor_core::{
         Blueprint, Numbers, Operand, ptx,
@@ -24,20 +24,19 @@ pub(crate) struct Row {
 }
 
 #[cube]
-pub(crate) fn row_of_id(
+pub(crate) fn row_of_id<E: Float>(
     id: u32,
     batch: u32,
     kv_head: u32,
-    query_strides: &Strides,
-    d_out_strides: &Strides,
+    tensors: &BackwardTensors<E, E>,
     numbers: &Numbers,
 ) -> Row {
     let row = id % INVALID_ROW;
     let token = row / numbers.group;
     let head = kv_head * numbers.group + row % numbers.group;
     Row {
-        query: batch * query_strides.batch + head * query_strides.head + token * query_strides.token,
-        d_out: batch * d_out_strides.batch + head * d_out_strides.head + token * d_out_strides.token,
+        query: tensors.layout.query.at(batch, head, token),
+        d_out: tensors.d_out_strides.at(batch, head, token),
         index: (batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token,
         invalid: id >= INVALID_ROW,
     }
@@ -123,15 +122,11 @@ pub(crate) struct Pair {
 /// keys and rows that do not meet it. Such gradients are computed again from pairs that do meet.
 #[cube]
 pub(crate) fn pair_of<E: Float>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
+    tensors: &BackwardTensors<E, E>,
     row: &Row,
     key_at: u32,
     value_at: u32,
     exponent: f32,
-    delta: &[f32],
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) -> Pair {
@@ -141,15 +136,15 @@ pub(crate) fn pair_of<E: Float>(
     #[unroll]
     for part in 0..comptime![blueprint.shape.dim / 32] {
         let at = lane + comptime![part as u32 * 32];
-        let q = f32::cast_from(query[(row.query + at) as usize]);
-        let k = f32::cast_from(key[(key_at + at) as usize]);
-        let o = f32::cast_from(d_out[(row.d_out + at) as usize]);
-        let v = f32::cast_from(value[(value_at + at) as usize]);
+        let q = f32::cast_from(tensors.query[(row.query + at) as usize]);
+        let k = f32::cast_from(tensors.key[(key_at + at) as usize]);
+        let o = f32::cast_from(tensors.d_out[(row.d_out + at) as usize]);
+        let v = f32::cast_from(tensors.value[(value_at + at) as usize]);
         score = fma(q, k, score);
         slope = fma(o, v, slope);
     }
     let mut score = plane_sum(score);
-    let mut slope = plane_sum(slope) - delta[row.index as usize];
+    let mut slope = plane_sum(slope) - tensors.delta[row.index as usize];
     if comptime![blueprint.softcap] {
         score = squash(score, numbers);
         slope *= 1.0f32 - score * score;

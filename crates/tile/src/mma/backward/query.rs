@@ -12,17 +12,16 @@ use cubecl::prelude::*;
 
 use super::parts::{add_row, exponent_of, key_start, pack, pair_of, row_of_id};
 use crate::{
+    arguments::BackwardTensors,
     mma::{
-        copies::{Source, copy_rows},
-        kernel::{copy_ahead, positions_of},
+        copies::{copy_rows, source_of},
+        kernel::{note_row, positions_of},
         ptx,
+        ring::{Ring, Turns, fill},
     },
-    portable::Strides,
     tensor_core::{
         Blueprint, Numbers, SWIZZLE,
-        items::{
-            Keys, bounds_of_row, item_of, keys_between, needs_mask, row_at, sees, sinks_begin, tile_start,
-        },
+        items::{Keys, bounds_of_row, item_of, keys_of, needs_mask, sees, sinks_begin, tile_start},
         ptx::{exp2_fast, global_address, shared_address, unit_again},
         softmax::squash,
     },
@@ -46,18 +45,9 @@ impl Blueprint {
 pub(crate) fn redo<E: Float>(
     id: u32,
     list: u32,
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, E>,
     sequences: &[u32],
     gradient: &mut [f32],
-    query_strides: &Strides,
-    key_strides: &Strides,
-    value_strides: &Strides,
-    d_out_strides: &Strides,
     keys: &Keys,
     numbers: &Numbers,
     scale: f32,
@@ -67,8 +57,8 @@ pub(crate) fn redo<E: Float>(
     let lane = UNIT_POS % 32u32;
     let batch = list / numbers.kv_heads;
     let kv_head = list % numbers.kv_heads;
-    let row = row_of_id(id, batch, kv_head, query_strides, d_out_strides, numbers);
-    let of_row = lse[row.index as usize];
+    let row = row_of_id::<E>(id, batch, kv_head, tensors, numbers);
+    let of_row = tensors.lse[row.index as usize];
     let exponent = exponent_of(of_row, row.invalid, numbers);
     let bounds = bounds_of_row(id, sequences, numbers, blueprint);
     let mut sums = Array::<f32>::new(parts);
@@ -81,14 +71,12 @@ pub(crate) fn redo<E: Float>(
     // A row without keys has no gradient.
     while j < keys.end && of_row != numbers.neg_inf {
         if sees(&bounds, j, j < keys.sinks_end, keys, numbers, blueprint) {
-            let key_at = key_start(list, j as u32, key_strides, numbers);
-            let value_at = key_start(list, j as u32, value_strides, numbers);
-            let pair = pair_of::<E>(
-                query, key, value, d_out, &row, key_at, value_at, exponent, delta, numbers, blueprint,
-            );
+            let key_at = key_start(list, j as u32, &tensors.layout.key, numbers);
+            let value_at = key_start(list, j as u32, &tensors.layout.value, numbers);
+            let pair = pair_of::<E>(tensors, &row, key_at, value_at, exponent, numbers, blueprint);
             #[unroll]
             for part in 0..parts {
-                let k = key[(key_at + lane + comptime![part as u32 * 32]) as usize];
+                let k = tensors.key[(key_at + lane + comptime![part as u32 * 32]) as usize];
                 sums[part] = fma(pair.slope, f32::cast_from(k), sums[part]);
             }
         }
@@ -105,28 +93,17 @@ pub(crate) fn redo<E: Float>(
 /// slopes and sums of all rows of its warp.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, E>,
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
     sequences: &[u32],
     gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     scale: f32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
-    #[define(WS)] _scores: usize,
-    #[define(WP)] _slopes: usize,
-    #[define(WO)] _sums: usize,
+    #[define(WS, WP, WO)] _sizes: [usize; 3],
 ) {
     let slot = CUBE_POS as u32;
     let mut count = numbers.items;
@@ -145,53 +122,31 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     let mut bounds = Shared::<[i32]>::new_slice(comptime![kinds * shape.rows]);
     let query_room = shared_address(&tiles);
     let d_out_room = query_room + comptime![blueprint.query_bytes() as u32];
-    let ring = d_out_room + comptime![blueprint.query_bytes() as u32];
-    let tile_bytes = comptime![blueprint.key_bytes() as u32];
+    let ring_room = d_out_room + comptime![blueprint.query_bytes() as u32];
     let stages = comptime![blueprint.stages];
-    let ring_bytes = comptime![blueprint.stages * blueprint.key_bytes() as u32];
 
     let item = item_of(slot, items, &numbers, blueprint);
-    let first = row_at(&item, 0u32, rows, &numbers, blueprint);
-    let last = row_at(&item, item.rows, rows, &numbers, blueprint);
-    let first = bounds_of_row(first, sequences, &numbers, blueprint);
-    let last = bounds_of_row(last, sequences, &numbers, blueprint);
-    let keys = keys_between(&first, &last, &numbers, blueprint);
+    let keys = keys_of(&item, rows, sequences, &numbers, blueprint);
     let batch = item.list / numbers.kv_heads;
     let kv_head = item.list % numbers.kv_heads;
-    let key_source = Source {
-        address: global_address::<E>(key.as_ptr())
-            + key_start(item.list, 0u32, &key_strides, &numbers) as u64 * 2u64,
-        stride: key_strides.token,
-    };
-    let value_source = Source {
-        address: global_address::<E>(value.as_ptr())
-            + key_start(item.list, 0u32, &value_strides, &numbers) as u64 * 2u64,
-        stride: value_strides.token,
+    let turns = Turns {
+        first: source_of::<E>(&tensors.value, batch, kv_head, &tensors.layout.value),
+        second: source_of::<E>(&tensors.key, batch, kv_head, &tensors.layout.key),
     };
     let query_starts = comptime![blueprint.row_starts_at()];
     let d_out_starts = comptime![blueprint.row_starts_at() + shape.rows as u32];
     if UNIT_POS < comptime![shape.rows as u32] {
-        let id = row_at(&item, UNIT_POS, rows, &numbers, blueprint);
-        row_ids[UNIT_POS as usize] = id;
-        let of_row = bounds_of_row(id, sequences, &numbers, blueprint);
-        bounds[UNIT_POS as usize] = of_row.position;
-        if comptime![blueprint.ragged] {
-            bounds[(UNIT_POS + comptime![shape.rows as u32]) as usize] = of_row.first;
-        }
-        let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+        let id = note_row(&item, &mut row_ids, &mut bounds, rows, sequences, &numbers, blueprint);
+        let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
         tiles[(query_starts + UNIT_POS) as usize] = row.query;
         tiles[(d_out_starts + UNIT_POS) as usize] = row.d_out;
     }
     sync_cube();
     // They join the first tile's group.
     let rows_tile = comptime![blueprint.query_tile()];
-    copy_rows(global_address::<E>(query.as_ptr()), &tiles, query_starts, query_room, rows_tile);
-    copy_rows(global_address::<E>(d_out.as_ptr()), &tiles, d_out_starts, d_out_room, rows_tile);
-    #[unroll]
-    for step in 0..comptime![stages - 1] {
-        let room = ring + comptime![step * blueprint.key_bytes() as u32];
-        copy_ahead(UNIT_POS, &value_source, &key_source, &keys, 0u32, step, room, &numbers, blueprint);
-    }
+    copy_rows(global_address::<E>(tensors.query.as_ptr()), &tiles, query_starts, query_room, rows_tile);
+    copy_rows(global_address::<E>(tensors.d_out.as_ptr()), &tiles, d_out_starts, d_out_room, rows_tile);
+    fill(&turns, &keys, ring_room, &numbers, blueprint);
 
     let lane = UNIT_POS % 32u32;
     let warp_row = UNIT_POS / 32u32 * comptime![blueprint.warp_rows as u32];
@@ -200,53 +155,26 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     #[unroll]
     for eight in 0..comptime![2 * blocks] {
         let id = row_ids[(warp_row + comptime![eight as u32 * 8] + lane / 4u32) as usize];
-        let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
-        exponents[eight] = exponent_of(lse[row.index as usize], row.invalid, &numbers);
-        deltas[eight] = delta[row.index as usize];
+        let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
+        exponents[eight] = exponent_of(tensors.lse[row.index as usize], row.invalid, &numbers);
+        deltas[eight] = tensors.delta[row.index as usize];
     }
     let query_at = query_room + warp_row * comptime![SWIZZLE as u32] + ptx::across(lane);
     let d_out_at = query_at + comptime![blueprint.query_bytes() as u32];
-    let first_at = ring + ptx::down(lane);
-    let second_at = ring + ptx::across(lane);
+    let first_at = ring_room + ptx::down(lane);
+    let second_at = ring_room + ptx::across(lane);
 
     let mut sums = Vector::<f32, WO>::new(0.0f32);
-    // Where in the ring this step's tile is, and the one before, whose place is free once all warps are here.
-    let mut now = 0u32;
-    let mut before = u32::new(comptime![(ring_bytes - tile_bytes) as i64]);
+    let mut ring = Ring::new(blueprint);
     for tile in 0..keys.tiles {
-        ptx::copies_wait(comptime![stages - 2]);
-        sync_cube();
-        let ahead = comptime![stages - 1];
-        copy_ahead(
-            unit_again(),
-            &value_source,
-            &key_source,
-            &keys,
-            tile,
-            ahead,
-            ring + before,
-            &numbers,
-            blueprint,
-        );
-        let products = ptx::scores::<WS>(d_out_at, first_at + now, blueprint);
-        before = now;
-        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+        ring.wait(blueprint);
+        ring.copy(unit_again(), &turns, &keys, tile, comptime![stages - 1], ring_room, &numbers, blueprint);
+        let products = ptx::scores::<WS>(d_out_at, first_at + ring.now, blueprint);
+        ring.turn(blueprint);
 
-        ptx::copies_wait(comptime![stages - 2]);
-        sync_cube();
-        let ahead = comptime![stages];
-        copy_ahead(
-            unit_again(),
-            &value_source,
-            &key_source,
-            &keys,
-            tile,
-            ahead,
-            ring + before,
-            &numbers,
-            blueprint,
-        );
-        let mut slopes = ptx::scores::<WS>(query_at, first_at + now, blueprint);
+        ring.wait(blueprint);
+        ring.copy(unit_again(), &turns, &keys, tile, stages, ring_room, &numbers, blueprint);
+        let mut slopes = ptx::scores::<WS>(query_at, first_at + ring.now, blueprint);
         #[unroll]
         for i in 0..comptime![blocks * shape.keys / 2] {
             // Of 16 rows, those of a thread take turns, two keys at a time.
@@ -283,9 +211,8 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             }
         }
         let packed = pack::<WS, WP>(&slopes, comptime![blocks * shape.keys / 2], comptime![shape.operand]);
-        sums = ptx::values::<WO, WP>(sums, packed, second_at + now, blueprint);
-        before = now;
-        now = select(now + tile_bytes == ring_bytes, 0u32, now + tile_bytes);
+        sums = ptx::values::<WO, WP>(sums, packed, second_at + ring.now, blueprint);
+        ring.turn(blueprint);
     }
 
     let target = global_address::<f32>(gradient.as_ptr());
@@ -297,7 +224,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         for half in 0..2usize {
             let at = first_row + comptime![half as u32 * 8] + lane / 4u32;
             let id = row_ids[at as usize];
-            let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+            let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
             let written = at < item.rows;
             let to = target + row.index as u64 * comptime![shape.dim as u64 * 4];
             odd[half] = add_row::<WO>(&sums, to, scale, written, block, half, blueprint);
@@ -308,18 +235,9 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                     redo::<E>(
                         row_ids[(first_row + r) as usize],
                         item.list,
-                        query,
-                        key,
-                        value,
-                        d_out,
-                        lse,
-                        delta,
+                        tensors,
                         sequences,
                         gradient,
-                        &query_strides,
-                        &key_strides,
-                        &value_strides,
-                        &d_out_strides,
                         &keys,
                         &numbers,
                         scale,

@@ -1,89 +1,57 @@
 //! Both kernels as CUDA C++.
 
-use cubecl::{ir::ElemType, prelude::*};
+use cubecl::prelude::*;
 
 use super::{Blueprints, LARGE, blueprints, key, key::key_kernel, query::query_kernel, sizes};
 use crate::{
     mma::SHARED_MEMORY,
-    portable::strides,
     tensor_core::{
-        Blueprint, NumbersLaunch,
-        source::{Gpu, Sample, buffer, samples, target},
+        Blueprint,
+        source::{Gpu, ONE_CUBE, Sample, Source, backward_tensors, buffer, numbers, samples, target},
     },
     visibility::Visibility,
 };
 
-/// Writes a kernel.
-type Source = Box<dyn FnOnce() -> Result<String, String>>;
-
-fn numbers() -> NumbersLaunch {
-    NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0)
-}
-
 fn key_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
-    let element: ElemType = blueprint.shape.operand.element().into();
-    let [scores, weights, sums] = sizes(blueprint);
+    let [element, _] = blueprint.elements();
     let kernel = key_kernel::create_dummy_kernel(
         gpu.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(key::threads(blueprint)),
+        backward_tensors(),
         buffer(),
         buffer(),
         buffer(),
         buffer(),
         buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
         numbers(),
         1.0,
         blueprint,
         element,
-        scores,
-        weights,
-        sums,
+        sizes(blueprint),
     );
     gpu.compile(&kernel)
 }
 
 fn query_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {
-    let element: ElemType = blueprint.shape.operand.element().into();
-    let [scores, slopes, sums] = sizes(blueprint);
+    let [element, _] = blueprint.elements();
     let kernel = query_kernel::create_dummy_kernel(
         gpu.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(blueprint.threads()),
+        backward_tensors(),
         buffer(),
         buffer(),
         buffer(),
         buffer(),
         buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
         numbers(),
         1.0,
         blueprint,
         element,
-        scores,
-        slopes,
-        sums,
+        sizes(blueprint),
     );
     gpu.compile(&kernel)
 }

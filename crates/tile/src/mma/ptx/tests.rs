@@ -156,12 +156,12 @@ fn place(lane: usize, i: usize) -> (usize, usize) {
 fn blueprints() -> impl Iterator<Item = Blueprint> {
     [64, 96, 128, 256].into_iter().flat_map(|dim| {
         let problem = Problem::new([1, 1, 1, dim], [1, 1, 1, dim], Element::F16).expect("a possible problem");
+        let sight = |visibility| Sight { visibility, routed: false, ragged: false };
         let forward =
-            blueprint(&problem, Visibility::All, false, false, false).expect("a head dim with a kernel");
+            blueprint(&problem, sight(Visibility::All), false, false).expect("a head dim with a kernel");
         let backward = [Visibility::All, Visibility::Window].into_iter().flat_map(move |visibility| {
-            let sight = Sight { visibility, routed: false, ragged: false };
             let Blueprints { key, query } =
-                blueprints_of(&problem, sight, LARGE).expect("a head dim with kernels");
+                blueprints_of(&problem, sight(visibility), LARGE).expect("a head dim with kernels");
             [key, query]
         });
         iter::once(forward).chain(backward)

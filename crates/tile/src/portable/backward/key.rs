@@ -11,8 +11,9 @@ use super::{
     parts::{Tile, accumulate, as_numbers, flush, products, sums_at, tile_of, weigh},
 };
 use crate::{
+    arguments::BackwardTensors,
     portable::{
-        numbers::{Numbers, Strides, offset},
+        numbers::{Numbers, offset},
         tile::{list_of, sees},
     },
     rows::{INVALID_ROW, List, all_see, bounds_of_row, entries_that_see, row_of},
@@ -42,18 +43,11 @@ struct Keys<R: Size> {
 #[cube]
 fn fold<E: Float, O: Float, R: Size>(
     keys: &mut Keys<R>,
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[O],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, O>,
     rows: &[u32],
     sequences: &[u32],
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
-    query_strides: &Strides,
-    d_out_strides: &Strides,
     list: &List,
     first: u32,
     end: u32,
@@ -88,10 +82,10 @@ fn fold<E: Float, O: Float, R: Size>(
             let token = row / numbers.group;
             let head = keys.kv_head * numbers.group + row % numbers.group;
             let at = (keys.batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
-            query_offset = offset(query_strides, keys.batch, head, token);
-            d_out_offset = offset(d_out_strides, keys.batch, head, token);
-            of_row = select(marked >= INVALID_ROW, numbers.nan, lse[at as usize]);
-            of_delta = delta[at as usize];
+            query_offset = offset(&tensors.layout.query, keys.batch, head, token);
+            d_out_offset = offset(&tensors.d_out_strides, keys.batch, head, token);
+            of_row = select(marked >= INVALID_ROW, numbers.nan, tensors.lse[at as usize]);
+            of_delta = tensors.delta[at as usize];
             first_key = bounds.first;
             position = select(of_row == numbers.neg_inf, nowhere, bounds.position);
         }
@@ -111,9 +105,22 @@ fn fold<E: Float, O: Float, R: Size>(
         highest_first = first_key;
         highest_position = position;
     }
-    let mut weights = products::<E, E, R>(&keys.key, key, query, &query_offsets, numbers.head_dim, blueprint);
-    let mut slopes =
-        products::<E, O, R>(&keys.value, value, d_out, &d_out_offsets, numbers.value_dim, blueprint);
+    let mut weights = products::<E, E, R>(
+        &keys.key,
+        &tensors.key,
+        &tensors.query,
+        &query_offsets,
+        numbers.head_dim,
+        blueprint,
+    );
+    let mut slopes = products::<E, O, R>(
+        &keys.value,
+        &tensors.value,
+        &tensors.d_out,
+        &d_out_offsets,
+        numbers.value_dim,
+        blueprint,
+    );
     #[unroll]
     for x in 0..block {
         let pair = weigh::<R>(
@@ -136,7 +143,7 @@ fn fold<E: Float, O: Float, R: Size>(
         key_gradient,
         &keys.written,
         &slopes,
-        query,
+        &tensors.query,
         &query_offsets,
         &seen,
         all_seen,
@@ -148,7 +155,7 @@ fn fold<E: Float, O: Float, R: Size>(
         value_gradient,
         &keys.written,
         &weights,
-        d_out,
+        &tensors.d_out,
         &d_out_offsets,
         &seen,
         all_seen,
@@ -160,21 +167,12 @@ fn fold<E: Float, O: Float, R: Size>(
 /// One unit, one tile of keys.
 #[cube(launch_unchecked)]
 pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[O],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, O>,
     rows: &[u32],
     list_counts: &[u32],
     sequences: &[u32],
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
@@ -218,8 +216,8 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         let token = min(first + comptime![lane as u32], last);
         written[lane] = first + comptime![lane as u32] <= last;
         indices.insert(lane, token as i32);
-        key_offsets[lane] = offset(&key_strides, batch, head, token);
-        value_offsets[lane] = offset(&value_strides, batch, head, token);
+        key_offsets[lane] = offset(&tensors.layout.key, batch, head, token);
+        value_offsets[lane] = offset(&tensors.layout.value, batch, head, token);
         key_sums[lane] = ((kv_head * key_len + token) * numbers.head_dim) as usize;
         value_sums[lane] = ((kv_head * key_len + token) * numbers.value_dim) as usize;
     }
@@ -229,8 +227,14 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         first: first as i32,
         last: last as i32,
         indices,
-        key: tile_of::<E, R>(key, key_offsets, numbers.head_dim, blueprint.head_room, blueprint),
-        value: tile_of::<E, R>(value, value_offsets, numbers.value_dim, blueprint.value_room, blueprint),
+        key: tile_of::<E, R>(&tensors.key, key_offsets, numbers.head_dim, blueprint.head_room, blueprint),
+        value: tile_of::<E, R>(
+            &tensors.value,
+            value_offsets,
+            numbers.value_dim,
+            blueprint.value_room,
+            blueprint,
+        ),
         key_sums: sums_at::<R>(key_sums, numbers.head_dim, blueprint.head_room, blueprint),
         value_sums: sums_at::<R>(value_sums, numbers.value_dim, blueprint.value_room, blueprint),
         written,
@@ -240,18 +244,11 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         let next = min(at + comptime![blueprint.block as u32], entries.end);
         fold::<E, O, R>(
             &mut keys,
-            query,
-            key,
-            value,
-            d_out,
-            lse,
-            delta,
+            tensors,
             rows,
             sequences,
             key_gradient,
             value_gradient,
-            &query_strides,
-            &d_out_strides,
             &list,
             at,
             next,

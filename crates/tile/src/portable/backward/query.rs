@@ -7,8 +7,9 @@ use super::{
     parts::{Tile, accumulate, as_numbers, flush, products, sums_at, tile_of, weigh},
 };
 use crate::{
+    arguments::BackwardTensors,
     portable::{
-        numbers::{Numbers, Strides, offset},
+        numbers::{Numbers, offset},
         tile::{Keys, bounds_at, key_ranges, keys_of, rows_of, sees, slot_of},
     },
     rows::all_see,
@@ -34,10 +35,7 @@ struct Rows<R: Size> {
 #[cube]
 fn fold<E: Float, O: Float, R: Size>(
     rows: &mut Rows<R>,
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[O],
+    tensors: &BackwardTensors<E, O>,
     gradient: &mut [f32],
     keys: &Keys,
     first: i32,
@@ -61,9 +59,22 @@ fn fold<E: Float, O: Float, R: Size>(
         let mask = sees::<R>(rows.firsts, rows.positions, Vector::new(j), numbers, blueprint.sight);
         seen[x] = select(j < end, as_numbers::<R>(mask), Vector::new(0i32));
     }
-    let scores = products::<E, E, R>(&rows.query, query, key, &key_offsets, numbers.head_dim, blueprint);
-    let mut slopes =
-        products::<O, E, R>(&rows.d_out, d_out, value, &value_offsets, numbers.value_dim, blueprint);
+    let scores = products::<E, E, R>(
+        &rows.query,
+        &tensors.query,
+        &tensors.key,
+        &key_offsets,
+        numbers.head_dim,
+        blueprint,
+    );
+    let mut slopes = products::<O, E, R>(
+        &rows.d_out,
+        &tensors.d_out,
+        &tensors.value,
+        &value_offsets,
+        numbers.value_dim,
+        blueprint,
+    );
     #[unroll]
     for x in 0..block {
         let pair = weigh::<R>(scores[x], slopes[x], rows.lse, rows.delta, numbers, blueprint);
@@ -77,7 +88,7 @@ fn fold<E: Float, O: Float, R: Size>(
         gradient,
         &rows.written,
         &slopes,
-        key,
+        &tensors.key,
         &key_offsets,
         &seen,
         all_seen,
@@ -89,21 +100,12 @@ fn fold<E: Float, O: Float, R: Size>(
 /// One unit, one part of an item, as in the forward pass.
 #[cube(launch_unchecked)]
 pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
-    query: &[E],
-    key: &[E],
-    value: &[E],
-    d_out: &[O],
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, O>,
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
     sequences: &[u32],
     gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
@@ -125,20 +127,32 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
     for lane in 0..lanes {
         let token = mine.tokens[lane];
         let head = mine.heads[lane];
-        query_offsets[lane] = offset(&query_strides, mine.batch, head, token);
-        d_out_offsets[lane] = offset(&d_out_strides, mine.batch, head, token);
+        query_offsets[lane] = offset(&tensors.layout.query, mine.batch, head, token);
+        d_out_offsets[lane] = offset(&tensors.d_out_strides, mine.batch, head, token);
         let row = (mine.batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
         gradient_offsets[lane] = (row * numbers.head_dim) as usize;
-        let of_row = select(mine.invalid[lane], numbers.nan, lse[row as usize]);
+        let of_row = select(mine.invalid[lane], numbers.nan, tensors.lse[row as usize]);
         // Asked as an equality: not in every shader language does NaN differ from a number.
         let count = select(of_row == numbers.neg_inf, 0u32, slot.count);
         written[lane] = comptime![lane as u32] < count;
         lses.insert(lane, of_row);
-        deltas.insert(lane, delta[row as usize]);
+        deltas.insert(lane, tensors.delta[row as usize]);
     }
     let mut mine = Rows::<R> {
-        query: tile_of::<E, R>(query, query_offsets, numbers.head_dim, blueprint.head_room, blueprint),
-        d_out: tile_of::<O, R>(d_out, d_out_offsets, numbers.value_dim, blueprint.value_room, blueprint),
+        query: tile_of::<E, R>(
+            &tensors.query,
+            query_offsets,
+            numbers.head_dim,
+            blueprint.head_room,
+            blueprint,
+        ),
+        d_out: tile_of::<O, R>(
+            &tensors.d_out,
+            d_out_offsets,
+            numbers.value_dim,
+            blueprint.value_room,
+            blueprint,
+        ),
         sums: sums_at::<R>(gradient_offsets, numbers.head_dim, blueprint.head_room, blueprint),
         written,
         lse: lses,
@@ -146,23 +160,14 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
         firsts: mine.firsts,
         positions: mine.positions,
     };
-    let keys = keys_of(
-        slot.list / numbers.kv_heads,
-        slot.list % numbers.kv_heads,
-        &key_strides,
-        &value_strides,
-        &numbers,
-    );
+    let keys = keys_of(slot.list / numbers.kv_heads, slot.list % numbers.kv_heads, &tensors.layout, &numbers);
     let lowest = bounds_at::<R>(mine.firsts, mine.positions, 0usize);
     let highest = bounds_at::<R>(mine.firsts, mine.positions, comptime![lanes - 1]);
     let ranges = key_ranges(lowest, highest, &numbers, blueprint.sight.visibility);
     let mut at = ranges.start();
     while at < ranges.end {
         let next = ranges.until(at, blueprint.block);
-        fold::<E, O, R>(
-            &mut mine, query, key, value, d_out, gradient, &keys, at, next, lowest, highest, &numbers,
-            blueprint,
-        );
+        fold::<E, O, R>(&mut mine, tensors, gradient, &keys, at, next, lowest, highest, &numbers, blueprint);
         at = ranges.after(next);
     }
     flush::<R>(&mine.sums, gradient, &mine.written, numbers.head_dim, blueprint);

@@ -15,11 +15,11 @@ use super::rows::{
     DELTAS, EXPONENTS, Ring, barrier_words, fetch_rows, note_words, noted_bounds, start_words,
 };
 use crate::{
+    arguments::BackwardTensors,
     mma::backward::{
-        key::redo,
+        key::redo_key,
         parts::{add_row, pack},
     },
-    portable::Strides,
     rows::{List, all_see, entries_that_see, sees},
     tensor_core::{
         Blueprint, Numbers, SWIZZLE,
@@ -68,30 +68,19 @@ fn hide<WS: Size>(
 /// One tile of keys per cube. `WS`, `WP` and `WO` count a thread's scores, packed weights and sums of one gradient.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
-    query: &[E],
+    tensors: &BackwardTensors<E, E>,
     key_map: &TensorMap<E, Tiled>,
     value_map: &TensorMap<E, Tiled>,
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
     rows: &[u32],
     list_counts: &[u32],
     sequences: &[u32],
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     scale: f32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
-    #[define(WS)] _scores: usize,
-    #[define(WP)] _weights: usize,
-    #[define(WO)] _sums: usize,
+    #[define(WS, WP, WO)] _sizes: [usize; 3],
 ) {
     ptx::one_cube_per_multiprocessor();
     let sight = comptime![blueprint.sight()];
@@ -183,17 +172,12 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             &entries,
             &list,
             list_index,
-            lse,
-            delta,
+            tensors,
             rows,
             sequences,
-            &query_strides,
-            &d_out_strides,
             &ring,
             &mut notes,
             &mut starts,
-            global_address::<E>(query.as_ptr()),
-            global_address::<E>(d_out.as_ptr()),
             &numbers,
             blueprint,
         );
@@ -291,26 +275,17 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 let lower = select(r < 16u32, odd[1], odd[3]);
                 let row = r % 16u32;
                 if plane_shuffle(select(row < 8u32, upper, lower), (row % 8u32) * 4u32) > 0u32 {
-                    redo::<E>(
+                    redo_key::<E>(
                         r >= 16u32,
                         list_index,
                         start + warp_key + row,
                         &entries,
                         &list,
-                        query,
-                        key,
-                        value,
-                        d_out,
-                        lse,
-                        delta,
+                        tensors,
                         rows,
                         sequences,
                         key_gradient,
                         value_gradient,
-                        &query_strides,
-                        &key_strides,
-                        &value_strides,
-                        &d_out_strides,
                         &numbers,
                         scale,
                         blueprint,

@@ -22,9 +22,9 @@ pub(crate) use self::source::sources;
 use self::{key::key_kernel, query::query_kernel};
 use super::{kernel, tensor_map};
 use crate::{
+    arguments::backward_tensors,
     engine::Work,
     mma,
-    portable::strides,
     rows::Sight,
     tensor_core::{
         Blueprint, Operand, Shape,
@@ -46,21 +46,11 @@ fn blueprints(problem: &Problem, sight: Sight) -> Option<Blueprints> {
     if !matches!(problem.head_dim, 64 | 96 | 128) {
         return None;
     }
-    let blueprint = |keys, stages| Blueprint {
-        visibility: sight.visibility,
-        routed: sight.routed,
-        ragged: sight.ragged,
-        softcap: false,
-        sink_logits: false,
-        out_f32: true,
-        shape: Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim },
-        warp_rows: 16,
-        stages,
+    let blueprint = |keys, stages| {
+        let shape = Shape { operand, rows: ITEM_ROWS as usize, keys, dim: problem.head_dim };
         // Keys and values; queries and gradients of their outputs.
-        query_stages: 2,
-        item_stages: 1,
-        turns: false,
-        slice_tiles: 0,
+        let query_stages = 2;
+        Blueprint { out_f32: true, query_stages, ..Blueprint::new(sight, false, shape, 16, stages) }
     };
     // Of 240 registers, the key kernel has 128 for sums, and 32 each for scores and products of 64 rows; the query kernel
     // has 64 for sums, and 64 each for scores and products of 128 keys.
@@ -100,71 +90,46 @@ pub(crate) fn launch(
     gradients: &Gradients,
 ) -> Option<()> {
     let Blueprints { key, query } = blueprints(problem, work.sight())?;
-    let sequences = work.sequences.unwrap_or(work.items);
     let tiles = problem.batch * problem.kv_heads * problem.key_len.div_ceil(key.shape.rows);
     let element: ElemType = problem.element.into();
     // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; rows and
     // items come from a plan that was built for this problem's shape and cut into items of `ITEM_ROWS`.
     unsafe {
-        let [scores, weights, sums] = sizes(key);
         key_kernel::launch_unchecked(
             client,
             CubeCount::Static(tiles as u32, 1, 1),
             CubeDim::new_1d(kernel::threads(key)),
-            elements(inputs.query),
+            backward_tensors(inputs, saved),
             tensor_map(inputs.key, element, resident(key)),
             tensor_map(inputs.value, element, resident(key)),
-            elements(inputs.key),
-            elements(inputs.value),
-            elements(saved.d_out),
-            elements(saved.partial.lse.view()),
-            elements(saved.delta),
             words(work.rows),
             words(work.list_counts),
-            words(sequences),
+            work.bounds(),
             elements(gradients.key.view()),
             elements(gradients.value.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
-            strides(saved.d_out.strides()),
             numbers(problem, work),
             problem.scale,
             key,
             element,
-            scores,
-            weights,
-            sums,
+            sizes(key),
         );
-        let [scores, slopes, sums] = sizes(query);
         query_kernel::launch_unchecked(
             client,
             CubeCount::Static(work.max_items as u32, 1, 1),
             CubeDim::new_1d(kernel::threads(query)),
-            elements(inputs.query),
+            backward_tensors(inputs, saved),
             tensor_map(inputs.key, element, query),
             tensor_map(inputs.value, element, query),
-            elements(inputs.key),
-            elements(inputs.value),
-            elements(saved.d_out),
-            elements(saved.partial.lse.view()),
-            elements(saved.delta),
             words(work.rows),
             words(work.items),
             words(work.item_counts),
-            words(sequences),
+            work.bounds(),
             elements(gradients.query.view()),
-            strides(inputs.query.strides()),
-            strides(inputs.key.strides()),
-            strides(inputs.value.strides()),
-            strides(saved.d_out.strides()),
             numbers(problem, work),
             problem.scale,
             query,
             element,
-            scores,
-            slopes,
-            sums,
+            sizes(query),
         );
     }
     Some(())

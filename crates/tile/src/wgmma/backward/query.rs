@@ -11,11 +11,11 @@
 use cubecl::prelude::*;
 
 use crate::{
+    arguments::BackwardTensors,
     mma::backward::{
         parts::{add_row, exponent_of, pack, row_of_id},
         query::redo,
     },
-    portable::Strides,
     tensor_core::{
         Blueprint, Numbers, SWIZZLE,
         items::{
@@ -103,30 +103,19 @@ fn hide<WS: Size>(
 /// slopes and sums.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
-    query: &[E],
+    tensors: &BackwardTensors<E, E>,
     key_map: &TensorMap<E, Tiled>,
     value_map: &TensorMap<E, Tiled>,
-    key: &[E],
-    value: &[E],
-    d_out: &[E],
-    lse: &[f32],
-    delta: &[f32],
     rows: &[u32],
     items: &[u32],
     item_counts: &[u32],
     sequences: &[u32],
     gradient: &mut [f32],
-    query_strides: Strides,
-    key_strides: Strides,
-    value_strides: Strides,
-    d_out_strides: Strides,
     numbers: Numbers,
     scale: f32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
-    #[define(WS)] _scores: usize,
-    #[define(WP)] _slopes: usize,
-    #[define(WO)] _sums: usize,
+    #[define(WS, WP, WO)] _sizes: [usize; 3],
 ) {
     ptx::one_cube_per_multiprocessor();
     let slot = CUBE_POS as u32;
@@ -160,7 +149,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             row_ids[(tile_rows + UNIT_POS) as usize] = u32::reinterpret(bounds.first);
             row_ids[(2u32 * tile_rows + UNIT_POS) as usize] = u32::reinterpret(bounds.position);
         }
-        let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+        let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
         starts[UNIT_POS as usize] = row.query;
         starts[(tile_rows + UNIT_POS) as usize] = row.d_out;
     }
@@ -190,8 +179,8 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     } else {
         ptx::more_registers(COMPUTE_REGISTERS);
         let threads = comptime![blueprint.threads()];
-        let query_source = global_address::<E>(query.as_ptr());
-        let d_out_source = global_address::<E>(d_out.as_ptr());
+        let query_source = global_address::<E>(tensors.query.as_ptr());
+        let d_out_source = global_address::<E>(tensors.d_out.as_ptr());
         copy_rows(query_source, &starts, 0u32, query_room, UNIT_POS, threads, blueprint);
         copy_rows(d_out_source, &starts, tile_rows, d_out_room, UNIT_POS, threads, blueprint);
 
@@ -203,9 +192,9 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         #[unroll]
         for half in 0..2usize {
             let id = row_ids[(tile_row + comptime![half as u32 * 8]) as usize];
-            let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
-            exponents[half] = exponent_of(lse[row.index as usize], row.invalid, &numbers);
-            deltas[half] = delta[row.index as usize];
+            let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
+            exponents[half] = exponent_of(tensors.lse[row.index as usize], row.invalid, &numbers);
+            deltas[half] = tensors.delta[row.index as usize];
         }
         let base = warpgroup * WARPGROUP_ROWS;
         let end = base + WARPGROUP_ROWS - 1u32;
@@ -271,7 +260,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         for half in 0..2usize {
             let entry = tile_row + comptime![half as u32 * 8];
             let id = row_ids[entry as usize];
-            let row = row_of_id(id, batch, kv_head, &query_strides, &d_out_strides, &numbers);
+            let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
             let to = target + row.index as u64 * comptime![shape.dim as u64 * 4];
             odd[half] = add_row::<WO>(&sums, to, scale, entry < item.rows, 0usize, half, blueprint);
         }
@@ -281,18 +270,9 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                     redo::<E>(
                         row_ids[(warp_row + r) as usize],
                         item.list,
-                        query,
-                        key,
-                        value,
-                        d_out,
-                        lse,
-                        delta,
+                        tensors,
                         sequences,
                         gradient,
-                        &query_strides,
-                        &key_strides,
-                        &value_strides,
-                        &d_out_strides,
                         &keys,
                         &numbers,
                         scale,

@@ -4,12 +4,12 @@
 use cubecl::prelude::*;
 
 use crate::{
+    arguments::BackwardTensors,
     mma::backward::parts::{exponent_of, row_of_id},
-    portable::Strides,
     rows::{Entries, INVALID_ROW, List, bounds_of_row, row_of},
     tensor_core::{
         Blueprint, Numbers, PANEL, SWIZZLE,
-        ptx::{copies_commit, copies_wait, copy_16_or_zeros},
+        ptx::{copies_commit, copies_wait, copy_16_or_zeros, global_address},
         swizzled,
     },
     visibility::Bounds,
@@ -80,20 +80,17 @@ pub(super) fn fetch_rows<E: Float>(
     entries: &Entries,
     list: &List,
     list_index: u32,
-    lse: &[f32],
-    delta: &[f32],
+    tensors: &BackwardTensors<E, E>,
     rows: &[u32],
     sequences: &[u32],
-    query_strides: &Strides,
-    d_out_strides: &Strides,
     ring: &Ring,
     notes: &mut [u32],
     starts: &mut [u32],
-    query_source: u64,
-    d_out_source: u64,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
+    let query_source = global_address::<E>(tensors.query.as_ptr());
+    let d_out_source = global_address::<E>(tensors.d_out.as_ptr());
     let sight = comptime![blueprint.sight()];
     let stages = comptime![blueprint.stages];
     let step_rows = comptime![blueprint.shape.keys as u32];
@@ -113,11 +110,11 @@ pub(super) fn fetch_rows<E: Float>(
         let mut delta_noted = 0.0f32;
         let mut next_id = id;
         if noting {
-            let row = row_of_id(id, batch, kv_head, query_strides, d_out_strides, numbers);
+            let row = row_of_id::<E>(id, batch, kv_head, tensors, numbers);
             starts[(starts_at + unit) as usize] = row.query;
             starts[(starts_at + step_rows + unit) as usize] = row.d_out;
-            lse_noted = lse[row.index as usize];
-            delta_noted = delta[row.index as usize];
+            lse_noted = tensors.lse[row.index as usize];
+            delta_noted = tensors.delta[row.index as usize];
             next_id = row_of(list, min(begin + step_rows + unit, entries.end - 1u32), rows, sight);
         }
         ptx::turn_wait(FETCHING, comptime![WARPGROUP as usize]);

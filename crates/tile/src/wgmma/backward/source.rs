@@ -1,43 +1,26 @@
 //! Both kernels as CUDA C++.
 
-use bifocal_core::{Element, device::Tensor};
-use cubecl::{ir::ElemType, prelude::*};
+use bifocal_core::Element;
+use cubecl::prelude::*;
 
 use super::{Blueprints, blueprints, kernel, key::key_kernel, query::query_kernel, resident, sizes};
 use crate::{
-    portable::strides,
     tensor_core::{
-        Blueprint, NumbersLaunch, Shape,
-        source::{Gpu, Sample, buffer, handle, samples, target},
+        Blueprint,
+        source::{Gpu, ONE_CUBE, Sample, Source, backward_tensors, buffer, numbers, samples, target},
     },
     visibility::Visibility,
-    wgmma::tensor_map,
+    wgmma::source::map,
 };
 
-/// Writes a kernel.
-type Source = Box<dyn FnOnce() -> Result<String, String>>;
-
-fn numbers() -> NumbersLaunch {
-    NumbersLaunch::new(1, 1, 1, 0, 1, 0, 1, 0, 1, 1, 1.0, 1.0, 0.0, 0.0)
-}
-
-/// How the copy engine would read keys, or values.
-fn map(blueprint: Blueprint) -> TensorMapArg<Tiled> {
-    let Shape { operand, keys, dim, .. } = blueprint.shape;
-    let tensor = Tensor::new(handle(), operand.element(), [1, 1, keys, dim], [dim, dim, dim, 1]);
-    // SAFETY: nothing is launched, so nothing is read or written.
-    unsafe { tensor_map(tensor.view(), operand.element().into(), blueprint) }
-}
-
 fn key_source(blueprint: Blueprint) -> Result<String, String> {
-    let element: ElemType = blueprint.shape.operand.element().into();
-    let [scores, weights, sums] = sizes(blueprint);
+    let [element, _] = blueprint.elements();
     let kernel = key_kernel::create_dummy_kernel(
         Gpu::H100.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(kernel::threads(blueprint)),
-        buffer(),
+        backward_tensors(),
         map(resident(blueprint)),
         map(resident(blueprint)),
         buffer(),
@@ -45,35 +28,23 @@ fn key_source(blueprint: Blueprint) -> Result<String, String> {
         buffer(),
         buffer(),
         buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
         numbers(),
         1.0,
         blueprint,
         element,
-        scores,
-        weights,
-        sums,
+        sizes(blueprint),
     );
     Gpu::H100.compile(&kernel)
 }
 
 fn query_source(blueprint: Blueprint) -> Result<String, String> {
-    let element: ElemType = blueprint.shape.operand.element().into();
-    let [scores, slopes, sums] = sizes(blueprint);
+    let [element, _] = blueprint.elements();
     let kernel = query_kernel::create_dummy_kernel(
         Gpu::H100.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(kernel::threads(blueprint)),
-        buffer(),
+        backward_tensors(),
         map(blueprint),
         map(blueprint),
         buffer(),
@@ -81,22 +52,11 @@ fn query_source(blueprint: Blueprint) -> Result<String, String> {
         buffer(),
         buffer(),
         buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        buffer(),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
-        strides([1; 4]),
         numbers(),
         1.0,
         blueprint,
         element,
-        scores,
-        slopes,
-        sums,
+        sizes(blueprint),
     );
     Gpu::H100.compile(&kernel)
 }
