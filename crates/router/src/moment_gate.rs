@@ -188,7 +188,7 @@ impl MomentGate {
         mass.check("the predicted mass", client, [batch, heads, 1, query_len], Element::F32)?;
         mass.check_contiguous("the predicted mass")?;
         let geometry = RouteGeometry::new(batch, heads, query_len, 2)?;
-        let (cubes, units) = over_quads(client, "moment gate", geometry)?;
+        let (cubes, units) = over_quads(client, &DeviceProfile::of(client), "moment gate", geometry)?;
         let (routes, counts) = outputs(client, geometry)?;
         // Of a tau of 1 it is -inf: any mass at all is too much.
         let cut = (1.0 / f64::from(self.tau) - 1.0).ln() as f32;

@@ -654,10 +654,10 @@ impl Soak {
                 None
             }
         };
-        if let Some((error, expected)) = refused {
-            if !expected || self.cache.free_pages() != before {
-                return Err(format!("{operation:?} was refused: {error}"));
-            }
+        if let Some((error, expected)) = refused
+            && (!expected || self.cache.free_pages() != before)
+        {
+            return Err(format!("{operation:?} was refused: {error}"));
         }
         let (free, used) = (self.cache.free_pages(), self.model.pages());
         if free + used != self.layout.pages() {

@@ -275,7 +275,7 @@ fn predicted_masses_equal_the_oracle(device: &Device, effort: Effort) -> Result<
 
 /// The five nodes of Gauss-Hermite quadrature as often as their weights say: normal to the ninth moment, nearly.
 fn normal() -> Vec<f32> {
-    let nodes = [(0.0, 533), (1.355_626, 222), (-1.355_626, 222), (2.856_970, 11), (-2.856_970, 11)];
+    let nodes = [(0.0, 533), (1.355_626, 222), (-1.355_626, 222), (2.856_97, 11), (-2.856_97, 11)];
     nodes.into_iter().flat_map(|(node, times)| std::iter::repeat_n(node, times)).collect()
 }
 

@@ -73,7 +73,7 @@ impl Projections {
     }
 
     /// Query and key of [`split`](Self::split), normed and rotated.
-    pub(crate) fn place(
+    pub(crate) fn position(
         &self,
         [query, key]: [Tensor<4>; 2],
         rope: Option<&RotaryEncoding>,

@@ -66,7 +66,7 @@ pub(super) fn append_kernel<E: Float, N: Size>(
     places: Places,
     #[comptime] width: usize,
     #[define(E)] _element: ElemType,
-    #[define(N)] _width: usize,
+    #[define(N)] _wide: usize,
 ) {
     let own = move_of(&shape);
     if own.batch >= shape.batch {
@@ -110,7 +110,7 @@ pub(super) fn gather_kernel<E: Float, N: Size>(
     shape: Shape,
     places: Places,
     #[define(E)] _element: ElemType,
-    #[define(N)] _width: usize,
+    #[define(N)] _wide: usize,
 ) {
     let own = move_of(&shape);
     if own.batch >= shape.batch {
@@ -139,7 +139,7 @@ pub(super) fn copy_kernel<E: Float, N: Size>(
     first: u32,
     page_size: u32,
     #[define(E)] _element: ElemType,
-    #[define(N)] _width: usize,
+    #[define(N)] _wide: usize,
 ) {
     let own = move_of(&shape);
     if own.batch >= shape.batch {

@@ -145,7 +145,7 @@ pub(super) fn norms_kernel<E: Float, R: Size>(
     head_dim: u32,
     #[comptime] lanes: usize,
     #[define(E)] _element: ElemType,
-    #[define(R)] _lanes: usize,
+    #[define(R)] _wide: usize,
 ) {
     let first = ABSOLUTE_POS as u32 * comptime![lanes as u32];
     if first >= rows {

@@ -113,7 +113,7 @@ pub(super) fn weigh<R: Size>(
         for other in 0..blueprint.lanes {
             let there = Vector::<f32, R>::new(theirs.extract(other));
             let between = if comptime![blueprint.of_keys] { there - decay } else { decay - there };
-            weights[other] = weights[other] * between.exp();
+            weights[other] *= between.exp();
         }
     }
 }

@@ -56,7 +56,7 @@ pub(super) fn step_kernel<E: Float, O: Float, N: Size, H: Size>(
     sizes: Sizes,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
-    #[define(N, H)] _sizes: [usize; 2],
+    #[define(N, H)] _widths: [usize; 2],
 ) {
     let width = comptime![blueprint.width];
     let heads = comptime![blueprint.heads];

@@ -38,8 +38,8 @@ pub enum Attention {
 }
 
 impl Attention {
-    /// The projections and positions that queries, keys and values of all its branches share; L2A, whose sub-layers each have
-    /// their own, has none.
+    /// The projections and positions that queries, keys and values of all its branches share. L2A, whose sub-layers each have
+    /// their own, and RATTENTION, whose far branch knows no positions, have none.
     pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
         Some(match self {
             Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
@@ -48,7 +48,7 @@ impl Attention {
             Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
             Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
             Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
-            Self::L2a(_) => return None,
+            Self::L2a(_) | Self::Rattention(_) => return None,
         })
     }
 

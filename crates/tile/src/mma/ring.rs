@@ -1,6 +1,9 @@
 //! The ring of tiles in shared memory. Two kinds of tile take turns in it, keys and values, copied ahead of their use by
 //! all threads.
 
+// In a kernel `%` is one instruction, and `is_multiple_of` is not there.
+#![allow(clippy::manual_is_multiple_of)]
+
 use cubecl::prelude::*;
 
 use super::{

@@ -206,8 +206,8 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             ptx::wait_parity(ring.full + stage * 8u32, phase);
             let scores = ptx::scores_begin::<WS>(keys, queries, shape);
             let products = ptx::scores_begin::<WS>(values, gradients, shape);
-            let lowest = noted_bounds(&*notes, stage, 0u32, blueprint);
-            let highest = noted_bounds(&*notes, stage, comptime![shape.keys as u32 - 1], blueprint);
+            let lowest = noted_bounds(&notes, stage, 0u32, blueprint);
+            let highest = noted_bounds(&notes, stage, comptime![shape.keys as u32 - 1], blueprint);
             let all = all_see(lowest, highest, first_key, last_key, numbers.window, numbers.sinks, sight);
 
             let mut weights = ptx::scores_end::<WS>(scores, 1usize, shape);
@@ -225,7 +225,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 }
             }
             if !all {
-                weights = hide::<WS>(weights, first_key, &*notes, stage, &numbers, blueprint);
+                weights = hide::<WS>(weights, first_key, &notes, stage, &numbers, blueprint);
             }
             let packed = pack::<WS, WP>(&weights, comptime![shape.keys / 2], comptime![shape.operand]);
             let value_sum = ptx::values_begin::<WO, WP>(value_sums, packed, gradients, shape);
@@ -243,7 +243,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                 }
             }
             if !all {
-                slopes = hide::<WS>(slopes, first_key, &*notes, stage, &numbers, blueprint);
+                slopes = hide::<WS>(slopes, first_key, &notes, stage, &numbers, blueprint);
             }
             let sloped = pack::<WS, WP>(&slopes, comptime![shape.keys / 2], comptime![shape.operand]);
             let key_sum = ptx::values_begin::<WO, WP>(key_sums, sloped, queries, shape);
