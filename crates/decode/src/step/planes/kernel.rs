@@ -405,7 +405,7 @@ fn attend_chunk<E: Float, N: Size>(
 }
 
 /// One plane, one worker.
-#[cube(launch_unchecked)]
+#[cube(launch_unchecked, create_dummy_kernel)]
 pub(in crate::step) fn attend_kernel<E: Float, N: Size>(
     query: &[E],
     key: &[Vector<E, N>],
