@@ -24,8 +24,8 @@ use crate::{
 /// ```
 ///
 /// The local set is a window and the first `sinks` tokens (the paper's 16 unless set); its log-sum-exp is the near
-/// branch's. The prediction is the mean of a log-normal, exact where scores are normal; its error grows with their
-/// deviation, mostly upwards, which errs towards looking far.
+/// branch's. The prediction is the mean of a log-normal, exact where scores are normal. With large deviations it comes out
+/// too high, which errs towards looking far: few keys do not fill the tail that the mean counts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct MomentGate {
     window: Window,
