@@ -4,7 +4,7 @@
 #   benches/experiments.sh DEVICE FOLDER      from the repository's root, with the tool built (./dev demo)
 #
 # Runs that are finished are left alone and runs that were interrupted go on, so the script can be started again. JOBS of
-# them share the device: models this small leave a GPU idle most of the time. On `cpu` all is small enough for two cores.
+# them share the device, which gains nothing on a GPU. On `cpu` all is small enough for two cores.
 set -euo pipefail
 DEVICE=${1:?usage: benches/experiments.sh DEVICE FOLDER}
 RUNS=${2:?usage: benches/experiments.sh DEVICE FOLDER}
@@ -17,8 +17,8 @@ case $DEVICE in
     PRECISION=f32
     ;;
   *)
-    JOBS=${JOBS:-4} STEPS=${STEPS:-800} SEEDS=${SEEDS:-1 2} WINDOWS=${WINDOWS:-16 32 64 128 256} NEAR=${NEAR:-128}
-    SIZE=(--layers 4 --model-dim 256 --heads 4 --kv-heads 4 --feed-forward 704 --context 1024 --batch 8)
+    JOBS=${JOBS:-1} STEPS=${STEPS:-400} SEEDS=${SEEDS:-1 2} WINDOWS=${WINDOWS:-16 32 64 128 256} NEAR=${NEAR:-128}
+    SIZE=(--layers 4 --model-dim 256 --heads 4 --kv-heads 4 --feed-forward 704 --context 1024 --batch 16)
     PRECISION=f32
     [[ $DEVICE != cuda ]] || PRECISION=bf16
     ;;
