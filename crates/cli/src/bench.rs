@@ -414,10 +414,12 @@ impl<'a> Bench<'a> {
                     };
                     let rattention = Rattention::new(self.window);
                     let forward = rattention.attend(client, problem, &inputs, &partial.out)?;
-                    if self.options.backward {
-                        let d_out = set.d_out.view();
-                        rattention.backward(client, problem, &inputs, &forward, d_out, None)?;
-                    }
+                    let d_out = set.d_out.view();
+                    let _gradients = match self.options.backward {
+                        true => Some(rattention.backward(client, problem, &inputs, &forward, d_out, None)?),
+                        false => None,
+                    };
+                    self.look();
                     Ok(())
                 }
             }
@@ -479,6 +481,13 @@ impl<'a> Bench<'a> {
         Ok(most.load(Ordering::Relaxed) - before)
     }
 
+    /// Notes what is held now, if this call is looked at.
+    fn look(&self) {
+        if self.memory.looking.load(Ordering::Relaxed) {
+            self.memory.most.fetch_max(self.in_use(), Ordering::Relaxed);
+        }
+    }
+
     fn in_use(&self) -> u64 {
         self.client.memory_report(MemoryScope::Device).usage().bytes_in_use
     }
@@ -509,20 +518,15 @@ impl<'a> Bench<'a> {
         partial: &Partial,
         backward: impl FnOnce(&Saved<'_>, &Gradients) -> bifocal::Result<()>,
     ) -> bifocal::Result<()> {
-        let look = || {
-            if self.memory.looking.load(Ordering::Relaxed) {
-                self.memory.most.fetch_max(self.in_use(), Ordering::Relaxed);
-            }
-        };
         if !self.options.backward {
-            look();
+            self.look();
             return Ok(());
         }
         let d_out = set.d_out.view();
         let delta = bifocal::dot_rows(self.client, &self.problem, partial.out.view(), d_out)?;
         let gradients = Gradients::zeros(self.client, &self.problem, false)?;
         backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)?;
-        look();
+        self.look();
         Ok(())
     }
 
