@@ -1,6 +1,6 @@
 //! What the cases compute and move at the least, counted from their routes.
 
-use bifocal::{Problem, Rattention, Reach};
+use bifocal::{AttentionOperator, Problem, Rattention, Reach};
 
 use super::{Bench, CaseName, Set};
 
