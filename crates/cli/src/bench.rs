@@ -1,6 +1,8 @@
 //! `bifocal bench`: the operators at chosen shapes; `bifocal bench decode`: decode steps.
 
 mod decode;
+mod gates;
+mod useful;
 
 use std::{
     path::PathBuf,
@@ -11,8 +13,8 @@ use std::{
 use anyhow::{Context, Result};
 use bifocal::{
     Aha, AttentionOperator, DeviceProfile, Element, Full, Gradients, Inputs, L2a, LinearGate, LinearInputs,
-    MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Reach, Router, Rows,
-    Saved, Tensor, Window, Windowed, cubecl,
+    MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Router, Rows, Saved,
+    Tensor, Window, Windowed, cubecl,
 };
 use clap::{Args, Subcommand, ValueEnum};
 use cubecl::{MemoryScope, client::Client};
@@ -23,15 +25,13 @@ use crate::{
     shape::Shape,
     timings::{Report, Timing},
 };
+use gates::Gates;
 
 /// Bytes of inputs that a run rotates through at least: more than the last-level caches of today's devices hold.
 const ROTATION_BYTES: usize = 256 << 20;
 
 /// How long a timed run is to take, if 32 calls do.
 const SAMPLE: Duration = Duration::from_millis(4);
-
-/// Tokens of a burst of clustered gates.
-const BURST: u32 = 64;
 
 #[derive(Args)]
 #[command(args_conflicts_with_subcommands = true)]
@@ -73,16 +73,6 @@ pub(crate) struct Options {
 enum What {
     /// Time decode steps over a full cache, by the bytes that they need.
     Decode(Box<decode::Options>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Gates {
-    /// Every token-head on its own.
-    Random,
-    /// In bursts of 64 tokens.
-    Clustered,
-    /// Two heads always far, the others seldom, so that the share is kept; L2A's gate, which has one head, is random.
-    Skewed,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -181,26 +171,6 @@ fn default_cases(options: &Options, client: &Client) -> Result<Vec<CaseName>> {
     let capped = options.shape.softcap.is_some();
     let fits = |case: &CaseName| (*case != CaseName::Rattention || runs) && !(capped && case.knows_moments());
     Ok(CASES.into_iter().filter(fits).collect())
-}
-
-impl Gates {
-    fn name(self) -> &'static str {
-        match self {
-            Gates::Random => "random",
-            Gates::Clustered => "clustered",
-            Gates::Skewed => "skewed",
-        }
-    }
-
-    /// The gates of `heads` router heads.
-    fn router(self, heads: usize, far_share: f64, seed: u32) -> bifocal::Result<RandomRouter> {
-        match self {
-            Gates::Random => RandomRouter::gate(heads, far_share, seed),
-            Gates::Clustered => RandomRouter::gate(heads, far_share, seed)?.with_bursts(BURST),
-            Gates::Skewed if heads == 1 => RandomRouter::gate(heads, far_share, seed),
-            Gates::Skewed => RandomRouter::skewed_gate(heads, far_share, seed),
-        }
-    }
 }
 
 impl CaseName {
@@ -414,10 +384,12 @@ impl<'a> Bench<'a> {
                     };
                     let rattention = Rattention::new(self.window);
                     let forward = rattention.attend(client, problem, &inputs, &partial.out)?;
-                    if self.options.backward {
-                        let d_out = set.d_out.view();
-                        rattention.backward(client, problem, &inputs, &forward, d_out, None)?;
-                    }
+                    let d_out = set.d_out.view();
+                    let _gradients = match self.options.backward {
+                        true => Some(rattention.backward(client, problem, &inputs, &forward, d_out, None)?),
+                        false => None,
+                    };
+                    self.look();
                     Ok(())
                 }
             }
@@ -479,6 +451,13 @@ impl<'a> Bench<'a> {
         Ok(most.load(Ordering::Relaxed) - before)
     }
 
+    /// Notes what is held now, if this call is looked at.
+    fn look(&self) {
+        if self.memory.looking.load(Ordering::Relaxed) {
+            self.memory.most.fetch_max(self.in_use(), Ordering::Relaxed);
+        }
+    }
+
     fn in_use(&self) -> u64 {
         self.client.memory_report(MemoryScope::Device).usage().bytes_in_use
     }
@@ -509,143 +488,16 @@ impl<'a> Bench<'a> {
         partial: &Partial,
         backward: impl FnOnce(&Saved<'_>, &Gradients) -> bifocal::Result<()>,
     ) -> bifocal::Result<()> {
-        let look = || {
-            if self.memory.looking.load(Ordering::Relaxed) {
-                self.memory.most.fetch_max(self.in_use(), Ordering::Relaxed);
-            }
-        };
         if !self.options.backward {
-            look();
+            self.look();
             return Ok(());
         }
         let d_out = set.d_out.view();
         let delta = bifocal::dot_rows(self.client, &self.problem, partial.out.view(), d_out)?;
         let gradients = Gradients::zeros(self.client, &self.problem, false)?;
         backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)?;
-        look();
+        self.look();
         Ok(())
-    }
-
-    /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients
-    /// 10 D more: the score again, and the gradients of weight, query, key and value.
-    fn useful_flop(&self, case: CaseName) -> Option<f64> {
-        let Problem { batch, heads, query_len, key_len, .. } = self.problem;
-        let near = Reach::Window(self.window);
-        let pairs = |reach: Reach, token: usize| reach.visible(self.problem.position(token), key_len) as f64;
-        let sum = |per_row: &dyn Fn(u32, u32) -> f64| -> f64 {
-            (0..batch * heads)
-                .flat_map(|row| (0..query_len).map(move |token| (row as u32, token as u32)))
-                .map(|(row, token)| per_row(row, token))
-                .sum()
-        };
-        let full = || sum(&|_, token| pairs(Reach::All, token as usize));
-        let by_route = || {
-            sum(&|row, token| {
-                let far = self.by_head.route_of(row, token) == 1;
-                pairs(if far { Reach::All } else { near }, token as usize)
-            })
-        };
-        let computed = match case {
-            CaseName::Router | CaseName::Plan | CaseName::Moments => return None,
-            CaseName::Windowed | CaseName::Rattention => sum(&|_, token| pairs(near, token as usize)),
-            CaseName::Full => full(),
-            CaseName::Aha => by_route(),
-            // What the window sees, full attention sees as well.
-            CaseName::AhaExact => full(),
-            CaseName::L2a => sum(&|row, token| {
-                let far = self.by_token.route_of(row / heads as u32, token) == 1;
-                if far { pairs(Reach::All, token as usize) } else { 0.0 }
-            }),
-            CaseName::Qada => sum(&|row, token| {
-                let far = self.decided[row as usize * query_len + token as usize] == 1;
-                pairs(if far { Reach::All } else { self.qada.near().reach() }, token as usize)
-            }),
-        };
-        let differentiated = match case {
-            _ if !self.options.backward => 0.0,
-            CaseName::AhaExact => by_route(),
-            _ => computed,
-        };
-        let per_pair = 2.0 * (self.problem.head_dim + self.problem.value_dim) as f64;
-        let flop = per_pair * (computed + 2.5 * differentiated);
-        Some(if case == CaseName::Rattention { flop + self.linear_flop() } else { flop })
-    }
-
-    /// A multiplication and an addition for every number of the state, for each key that leaves the window, and for each row
-    /// that meets one. Going back there are five more: the states once again, their gradients and those of queries by row,
-    /// and those of keys and values by key. Feature maps and norms are not counted.
-    fn linear_flop(&self) -> f64 {
-        let Problem { batch, heads, kv_heads, query_len, key_len, value_dim, .. } = self.problem;
-        let far = Rattention::new(self.window).far();
-        let state = far.state_shape(&self.problem)[2] * value_dim;
-        let meets = |token: &usize| far.reach().visible(self.problem.position(*token), key_len) > 0;
-        let rows = batch * heads * (0..query_len).filter(meets).count();
-        let keys = batch * kv_heads * key_len.saturating_sub(self.window.keys() as usize);
-        let pairs = match self.options.backward {
-            false => rows + keys,
-            true => rows + keys + (keys + 2 * rows + 2 * keys),
-        };
-        2.0 * state as f64 * pairs as f64
-    }
-
-    /// The share of routes that came out far, where a case has routes.
-    fn far_share(&self, case: CaseName) -> Option<f64> {
-        let (router, heads) = match case {
-            CaseName::Plan | CaseName::Aha | CaseName::AhaExact => (&self.by_head, self.problem.heads),
-            CaseName::L2a => (&self.by_token, 1),
-            CaseName::Moments | CaseName::Qada => {
-                let far = self.decided.iter().filter(|&&route| route == 1).count();
-                return Some(far as f64 / self.decided.len() as f64);
-            }
-            CaseName::Windowed | CaseName::Full | CaseName::Router | CaseName::Rattention => {
-                return None;
-            }
-        };
-        let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
-        let far = (0..rows)
-            .flat_map(|row| (0..tokens).map(move |token| (row, token)))
-            .filter(|&(row, token)| router.route_of(row, token) == 1)
-            .count();
-        Some(far as f64 / f64::from(rows) / f64::from(tokens))
-    }
-
-    /// Every input read once and every output written once. What only passes between kernels, like a plan inside of
-    /// AHA, does not count.
-    fn useful_bytes(&self, case: CaseName) -> usize {
-        let size = |shape: &[usize]| shape.iter().product::<usize>();
-        let Problem { batch, heads, query_len, element, .. } = self.problem;
-        let Set { query, key, value, hidden, .. } = &self.sets[0];
-        let inputs = size(&query.shape()) + size(&key.shape()) + size(&value.shape());
-        let out = size(&self.problem.out_shape());
-        let mut attention =
-            (inputs + out) * element.size() + size(&self.problem.lse_shape()) * size_of::<f32>();
-        if self.options.backward {
-            // Once more all of that and the outputs' gradients, and the gradients of the inputs in f32.
-            attention += attention + out * element.size() + inputs * size_of::<f32>();
-        }
-        let routes = |heads: usize| batch * heads * query_len;
-        match case {
-            CaseName::Windowed | CaseName::Full => attention,
-            CaseName::Router => {
-                let weight = self.options.shape.model_dim * heads;
-                let scores = routes(heads) * size_of::<f32>();
-                (size(&hidden.shape()) + weight) * element.size() + scores + routes(heads)
-            }
-            // A row in some list for every route.
-            CaseName::Plan => routes(heads) + routes(heads) * size_of::<u32>(),
-            CaseName::Aha => attention + routes(heads),
-            // A gradient in f32 for every gate.
-            CaseName::AhaExact if self.options.backward => attention + 5 * routes(heads),
-            CaseName::AhaExact => attention + routes(heads),
-            CaseName::L2a => attention + routes(1),
-            CaseName::Moments => {
-                let masses = 2 * routes(heads) * size_of::<f32>();
-                (size(&query.shape()) + size(&key.shape())) * element.size() + masses + routes(heads)
-            }
-            CaseName::Qada => attention,
-            // Both branches read the same queries and keys here, as without rotary positions.
-            CaseName::Rattention => attention,
-        }
     }
 }
 
@@ -713,26 +565,4 @@ fn print(report: &Report) {
         ]);
     }
     println!("{table}");
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn gates_keep_the_share_whatever_their_shape() {
-        for gates in [Gates::Random, Gates::Clustered, Gates::Skewed] {
-            let router = gates.router(16, 0.116, 1).unwrap();
-            let far = |head| (0..20_000).filter(|&token| router.route_of(head, token) == 1).count();
-            let by_head: Vec<usize> = (0..16).map(far).collect();
-            let share = by_head.iter().sum::<usize>() as f64 / 320_000.0;
-            assert!((share - 0.116).abs() < 0.01, "{}: {share}", gates.name());
-            let always = by_head.iter().filter(|&&far| far == 20_000).count();
-            assert_eq!(always, if gates == Gates::Skewed { 1 } else { 0 }, "{}", gates.name());
-            let flips = (1..20_000).filter(|&t| router.route_of(1, t) != router.route_of(1, t - 1)).count();
-            assert_eq!(flips < 20_000 / 64, gates == Gates::Clustered, "{}: {flips} flips", gates.name());
-        }
-        assert!(Gates::Skewed.router(16, 0.01, 1).is_err());
-        assert_eq!(Gates::Skewed.router(1, 0.2, 2), Gates::Random.router(1, 0.2, 2));
-    }
 }

@@ -122,6 +122,28 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
     assert!(error.contains("query length of a step is 17, expected 1 to 16"), "{error}");
 }
 
+#[test]
+fn memory_is_that_of_a_step_and_grows_with_its_length() {
+    let folder = tempfile::tempdir().unwrap();
+    let cases = ["full", "aha", "aha-exact", "l2a", "rattention"];
+    let bench = ["bench", "--backward", "--runs", "1", "--json", "-", "--cases", &cases.join(",")];
+    let found = json(folder.path(), &[&bench[..], &SMALL[..]].concat());
+    let of = |case: &str, length: u64| {
+        let case = format!("{case}-backward");
+        let mut timings = found["timings"].as_array().expect("timings").iter();
+        let timing = timings.find(|t| t["case"] == case.as_str() && t["length"] == length).expect("a timing");
+        timing["memory_bytes"].as_f64().expect("memory")
+    };
+    for case in cases {
+        // Four heads of outputs, and gradients of as many queries, of two heads of keys and of values: f32, 32 each.
+        let least = (4 + 4 + 2 + 2) as f64 * 128.0 * 32.0 * 4.0;
+        let (short, long) = (of(case, 128), of(case, 256));
+        assert!(short >= least && short < 8.0 * least, "{case}: {short} bytes, at least {least}");
+        assert!(long / short > 1.5 && long / short < 2.1, "{case}: {short}, {long}");
+    }
+    assert!(of("aha-exact", 256) > of("aha", 256), "the outputs of both branches are kept");
+}
+
 /// A text and the settings of a tiny run on it.
 fn tiny_run(folder: &Path) {
     std::fs::write(folder.join("text.md"), "near vision and far vision in one lens. ".repeat(60)).unwrap();
