@@ -129,10 +129,9 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     let keys = keys_of(&item, rows, sequences, &numbers, blueprint);
     let batch = item.list / numbers.kv_heads;
     let kv_head = item.list % numbers.kv_heads;
-    let turns = Turns {
-        first: source_of::<E>(&tensors.value, batch, kv_head, &tensors.layout.value),
-        second: source_of::<E>(&tensors.key, batch, kv_head, &tensors.layout.key),
-    };
+    let key_source = source_of::<E>(&tensors.key, batch, kv_head, &tensors.layout.key);
+    let value_source = source_of::<E>(&tensors.value, batch, kv_head, &tensors.layout.value);
+    let turns = Turns { first: value_source, second: key_source };
     let query_starts = comptime![blueprint.row_starts_at()];
     let d_out_starts = comptime![blueprint.row_starts_at() + shape.rows as u32];
     if UNIT_POS < comptime![shape.rows as u32] {
