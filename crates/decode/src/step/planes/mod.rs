@@ -54,7 +54,7 @@ impl Blueprint {
             width,
             lanes: lanes(problem),
             // As many products as a lane has registers for beside queries and outputs.
-            loads: if rows * width > 32 { 4 } else { 8 },
+            loads: if rows * width >= 32 { 4 } else { 8 },
         }
     }
 
