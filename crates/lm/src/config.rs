@@ -401,7 +401,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 5;
+        config.model.layers = 6;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -410,7 +410,6 @@ mod tests {
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
         ];
-        config.model.layers = 5;
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();
         assert_eq!(serde_json::from_str::<TrainingConfig>(&json).unwrap(), config);
