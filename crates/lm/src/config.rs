@@ -95,6 +95,27 @@ impl AttentionKind {
             Self::MultiWindow { windows } => windows.first().copied(),
         }
     }
+
+    /// How many keys the query at `position` (from 0) sees by `route`, which is 0 where there is no router: what a decode
+    /// step would have to read. A linear branch reads a state of fixed size and no key. `None` for kinds from outside this
+    /// crate.
+    pub fn keys(&self, route: u8, position: usize) -> Option<usize> {
+        let all = position + 1;
+        let near = |window: usize| window.min(all);
+        Some(match self {
+            Self::Full => all,
+            Self::Window { window } | Self::Rattention { window } => near(*window),
+            Self::Aha { window } | Self::RandomGate { window, .. } if route == 0 => near(*window),
+            Self::Qada { window, sinks, .. } if route == 0 => near(window.saturating_add(*sinks as usize)),
+            Self::Aha { .. } | Self::RandomGate { .. } | Self::Qada { .. } => all,
+            // Two sub-layers, one after the other.
+            Self::L2a { window } => near(*window) + if route == 0 { 0 } else { all },
+            Self::MultiWindow { windows } => {
+                windows.get(usize::from(route)).map_or(all, |&window| near(window))
+            }
+            Self::Custom { .. } => return None,
+        })
+    }
 }
 
 /// The decoder's sizes.

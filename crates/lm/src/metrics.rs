@@ -58,6 +58,13 @@ pub struct ValidationLine {
     pub far: FarShares,
     /// Shares by kind of token, over all layers with a router and all heads; empty without routers.
     pub kinds: Vec<KindShare>,
+    /// The share of each route, the far one last, per layer; `None` for layers without a router.
+    #[serde(default)]
+    pub routes: Vec<Option<Vec<f64>>>,
+    /// Keys that a query sees, the mean over layers, heads and tokens; `None` where
+    /// [a layer](crate::AttentionKind::keys) does not say.
+    #[serde(default)]
+    pub keys: Option<f64>,
 }
 
 /// The share of far of one kind of token.
@@ -166,6 +173,8 @@ mod tests {
             loss: 5.0,
             far: vec![None, Some(vec![0.5, 0.0])],
             kinds: vec![KindShare { kind: TokenKind::Digit, tokens: 7, far: 0.125 }],
+            routes: vec![None, Some(vec![0.75, 0.25])],
+            keys: Some(12.5),
         });
         let collapse = Line::Collapse(Collapse { step: 20, layer: 1, head: 1, side: Side::Near, share: 0.0 });
         vec![step(10), step(20), validation, collapse, step(30)]

@@ -266,7 +266,7 @@ impl Trainer {
         let length = self.config.model.context + 1;
         let tokens = self.corpus.spread(&self.split.validation, validation_windows, length);
         let decoder = self.computing();
-        let mut tally = Tally::new(self.config.model.layers);
+        let mut tally = Tally::new(&self.config.model);
         let mut sum = 0.0;
         for (pass, tokens) in tokens.chunks(rows * length).enumerate() {
             // Step 0 is no step of training.
@@ -278,7 +278,14 @@ impl Trainer {
             tally.add(tokens, length, &forward.routings)?;
         }
         let loss = sum / tokens.len() as f64;
-        Ok(ValidationLine { step: self.step, loss, far: tally.far(), kinds: tally.kinds() })
+        Ok(ValidationLine {
+            step: self.step,
+            loss,
+            far: tally.far(),
+            kinds: tally.kinds(),
+            routes: tally.routes(),
+            keys: tally.keys(),
+        })
     }
 
     fn save(&mut self, path: &Path) -> Result<()> {

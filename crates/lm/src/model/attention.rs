@@ -142,8 +142,8 @@ impl RandomGate {
     }
 }
 
-/// What a router decided, read back: which token-heads look far.
-pub(crate) fn far(routing: &Routing) -> Result<Vec<bool>> {
+/// What a router decided, read back: the routes of all token-heads, each of them one of the routing's reaches.
+pub(crate) fn routes(routing: &Routing) -> Result<Vec<u8>> {
     let routes = routing.to_host()?;
     let [batch, heads, tokens] = routing.shape();
     let invalid = routes.iter().filter(|&&route| usize::from(route) >= routing.reaches()).count();
@@ -151,5 +151,5 @@ pub(crate) fn far(routing: &Routing) -> Result<Vec<bool>> {
         let error = bifocal::Error::InvalidScores { count: invalid, total: batch * heads * tokens };
         return Err(Error::Attention(error));
     }
-    Ok(routes.into_iter().map(|route| usize::from(route) + 1 == routing.reaches()).collect())
+    Ok(routes)
 }

@@ -5,7 +5,7 @@ mod custom;
 mod path;
 mod start;
 
-pub(crate) use attention::far;
+pub(crate) use attention::routes;
 pub use attention::{Attention, RandomGate};
 pub use custom::{CustomAttention, CustomLayer, register};
 pub(crate) use path::Path;
