@@ -81,6 +81,11 @@ impl MomentGate {
         self.sinks
     }
 
+    /// The share of the softmax that keeps a row near.
+    pub const fn tau(&self) -> f32 {
+        self.tau
+    }
+
     /// How much of the covariance is looked at.
     pub const fn covariance(&self) -> Covariance {
         self.covariance

@@ -3,6 +3,8 @@
 mod scene;
 mod soak;
 mod steps;
+mod summaries;
+mod tables;
 
 use crate::{Property, everywhere};
 
@@ -48,6 +50,28 @@ pub(crate) const PROPERTIES: &[Property] = &[
         applies: everywhere,
         one_in: 1,
         run: steps::gates_flip_between_steps,
+    },
+    Property {
+        name: "page_tables_are_read_anew",
+        claim: "pages of another library give the oracle's output, and other lengths, pages, routes and queries in the same \
+                buffers what a fresh step gives",
+        applies: everywhere,
+        one_in: 2,
+        run: tables::page_tables_are_read_anew,
+    },
+    Property {
+        name: "states_follow_their_cache",
+        claim: "whatever is appended, forked, truncated, freed, saved and restored, RATTENTION's step is the oracle's last row",
+        applies: everywhere,
+        one_in: 4,
+        run: summaries::states_follow_their_cache,
+    },
+    Property {
+        name: "moments_follow_their_cache",
+        claim: "whatever is appended, forked, truncated, freed, saved and restored, QAdA's step decides and attends as the oracle",
+        applies: everywhere,
+        one_in: 4,
+        run: summaries::moments_follow_their_cache,
     },
     Property {
         name: "decode_never_sees_what_it_should_not",

@@ -2,7 +2,7 @@
 
 use bifocal::{
     Element, Partial, Problem, Reach, Routes, Routine, Tensor,
-    cubecl::client::Client,
+    cubecl::{client::Client, server::Handle},
     decode::{DecodePlan, KvCache, KvShape, Layout, Reaches, SequenceId, Step},
 };
 use bifocal_reference::{Array, KvModel, Options};
@@ -122,6 +122,25 @@ impl Tokens {
         };
         Ok([upload(&self.key)?, upload(&self.value)?])
     }
+}
+
+/// Tokens `[Hk, T, D]` of several sequences as a batch, with tokens before heads in memory, as projections give them.
+pub(super) fn upload_rows<'a>(
+    client: &Client,
+    element: Element,
+    rows: impl Iterator<Item = &'a Array<f32, 3>>,
+) -> bifocal::Result<Tensor<4>> {
+    let (mut values, mut batch, mut shape) = (Vec::new(), 0, [0; 3]);
+    for row in rows {
+        (batch, shape) = (batch + 1, row.shape());
+        for (t, h) in (0..shape[1]).flat_map(|t| (0..shape[0]).map(move |h| (t, h))) {
+            values.extend_from_slice(row.row([h, t]));
+        }
+    }
+    let [heads, tokens, dim] = shape;
+    let strides = [tokens * heads * dim, dim, heads * dim, 1];
+    let tensor = Tensor::from_f32(client, [values.len()], element, &values)?;
+    Ok(Tensor::new(tensor.into_handle(), element, [batch, heads, tokens, dim], strides))
 }
 
 pub(super) fn shape_of(case: &Case) -> KvShape {
@@ -287,6 +306,15 @@ pub(super) fn reach_by<'a>(
         true => step.reaches.get(usize::from(routes.at(step.case.heads(), b, h, t))).copied().flatten(),
         false => step.reaches[0],
     }
+}
+
+/// Writes other bytes into a buffer, as who replays a captured step does.
+pub(super) fn overwrite(client: &Client, handle: &Handle, bytes: &[u8]) -> bifocal::Result<()> {
+    let read = client.read_one(handle.clone());
+    let mut there = read.map_err(|error| bifocal::Error::Runtime(error.to_string()))?;
+    there.copy_from_slice(bytes);
+    client.write(handle, there);
+    Ok(())
 }
 
 pub(super) fn joined(first: &Tokens, second: &Tokens) -> Tokens {

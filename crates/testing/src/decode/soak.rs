@@ -1,14 +1,13 @@
 //! Caches beside their model.
 
 use bifocal::{
-    Tensor,
     cubecl::client::Client,
     decode::{KvCache, Layout, SequenceId, Snapshot},
 };
 use bifocal_reference::{Array, KvModel};
 use proptest::{prelude::*, sample::select};
 
-use super::scene::{Tokens, shape_of};
+use super::scene::{Tokens, shape_of, upload_rows};
 use crate::{
     Device, Effort,
     case::{Case, cases},
@@ -18,7 +17,7 @@ use crate::{
 
 /// What is done to a cache.
 #[derive(Clone, Debug)]
-enum Operation {
+pub(super) enum Operation {
     Start,
     Append { sequences: Vec<prop::sample::Index>, tokens: usize },
     Fork(prop::sample::Index),
@@ -28,7 +27,7 @@ enum Operation {
     Read(prop::sample::Index),
 }
 
-fn operations() -> impl Strategy<Value = Vec<Operation>> {
+pub(super) fn operations() -> impl Strategy<Value = Vec<Operation>> {
     let index = any::<prop::sample::Index>;
     let tokens = prop_oneof![4 => Just(1usize), 2 => 2..9usize, 1 => 20..60usize];
     let operation = prop_oneof![
@@ -151,21 +150,9 @@ impl Soak {
         let case = &self.case;
         let drawn: Vec<Tokens> =
             (0..chosen.len() as u64).map(|b| Tokens::draw(case, tokens, seed ^ (b << 40))).collect();
-        // Tokens before heads in memory, as projections give them.
-        let upload = |dim: usize, of: fn(&Tokens) -> &Array<f32, 3>| {
-            let mut values = Vec::new();
-            for one in &drawn {
-                for (t, h) in (0..tokens).flat_map(|t| (0..case.kv_heads).map(move |h| (t, h))) {
-                    values.extend_from_slice(of(one).row([h, t]));
-                }
-            }
-            let shape = [chosen.len(), case.kv_heads, tokens, dim];
-            let strides = [tokens * case.kv_heads * dim, dim, case.kv_heads * dim, 1];
-            let tensor = Tensor::from_f32(client, [values.len()], case.element, &values)?;
-            Ok(Tensor::new(tensor.into_handle(), case.element, shape, strides))
-        };
-        let key = run(upload(case.head_dim, |tokens| &tokens.key))?;
-        let value = run(upload(case.value_dim, |tokens| &tokens.value))?;
+        let rows =
+            |of: fn(&Tokens) -> &Array<f32, 3>| upload_rows(client, case.element, drawn.iter().map(of));
+        let (key, value) = (run(rows(|tokens| &tokens.key))?, run(rows(|tokens| &tokens.value))?);
         let ids: Vec<SequenceId> = chosen.iter().map(|&at| self.live[at].0).collect();
         let appended = self.cache.append(client, &ids, key.view(), value.view());
         let capacity = self.layout.tokens_kept();

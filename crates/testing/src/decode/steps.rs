@@ -6,7 +6,7 @@ use bifocal::{
 };
 use proptest::{prelude::*, sample::select};
 
-use super::scene::{Scene, StepCase, Tokens, joined, plan_of, reach_by, routes_of, step_cases};
+use super::scene::{Scene, StepCase, Tokens, joined, overwrite, plan_of, reach_by, routes_of, step_cases};
 use crate::{
     Device, Effort,
     attention::operator,
@@ -148,7 +148,7 @@ pub(super) fn gates_flip_between_steps(device: &Device, effort: Effort) -> Resul
         for turn in 0..3u64 {
             let routes = routes_of(&step, turn);
             // Into the buffer that the first step read, as a captured graph would find it.
-            run(overwrite(client, &uploaded, &routes.padded()))?;
+            run(overwrite(client, uploaded.handle(), &routes.padded()))?;
             let read = run(scene.attend(client, &step, &plan, Some(&uploaded)))?;
             let expected = scene.expected(&step, reach_by(&step, &routes));
             expected.accepts(&read).map_err(|reason| format!("turn {turn}: {reason}"))?;
@@ -161,15 +161,6 @@ pub(super) fn gates_flip_between_steps(device: &Device, effort: Effort) -> Resul
         }
         Ok(())
     })
-}
-
-/// Writes other routes into the buffer of some.
-fn overwrite(client: &Client, routes: &Routes, padded: &[u8]) -> bifocal::Result<()> {
-    let read = client.read_one(routes.handle().clone());
-    let mut bytes = read.map_err(|error| bifocal::Error::Runtime(error.to_string()))?;
-    bytes.copy_from_slice(padded);
-    client.write(routes.handle(), bytes);
-    Ok(())
 }
 
 pub(super) fn decode_never_sees_what_it_should_not(device: &Device, effort: Effort) -> Result<(), String> {

@@ -208,13 +208,13 @@ pub(super) fn differentiate(
 
 /// What is right, and how far off a kernel may be: twice the error of the same oracle in f32, rounded to `element`, and a few
 /// roundings of the largest number.
-pub(super) struct Bound {
-    pub(super) exact: Vec<f64>,
-    pub(super) tolerance: f64,
+pub(crate) struct Bound {
+    exact: Vec<f64>,
+    tolerance: f64,
 }
 
 impl Bound {
-    pub(super) fn new(exact: Vec<f64>, plain: &[f32], element: Element) -> Self {
+    pub(crate) fn new(exact: Vec<f64>, plain: &[f32], element: Element) -> Self {
         let largest = exact.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max);
         let measured = worst(&exact, plain.iter().map(|&x| round(element, x)));
         // Sums are cut in other places than the oracle's.
@@ -222,7 +222,7 @@ impl Bound {
         Self { exact, tolerance: 2.0 * measured + roundings * largest }
     }
 
-    pub(super) fn accepts(&self, what: &str, found: &[f32]) -> Result<(), String> {
+    pub(crate) fn accepts(&self, what: &str, found: &[f32]) -> Result<(), String> {
         near(what, &self.exact, found, self.tolerance)
     }
 }

@@ -5,6 +5,7 @@ mod case;
 mod norm_sum;
 mod rattention;
 
+pub(crate) use self::{case::Bound, norm_sum::NormData};
 use crate::{Property, everywhere};
 
 pub(crate) const PROPERTIES: &[Property] = &[

@@ -17,24 +17,24 @@ use crate::{
 };
 
 /// Two branches' outputs and the scales of their norms.
-pub(super) struct NormData {
+pub(crate) struct NormData {
     near: Vec<f32>,
     far: Vec<f32>,
-    pub(super) scales: [Vec<f32>; 2],
+    scales: [Vec<f32>; 2],
 }
 
 impl NormData {
-    pub(super) fn scales(case: &Case) -> [Vec<f32>; 2] {
+    pub(crate) fn scales(case: &Case) -> [Vec<f32>; 2] {
         let mut rng = SmallRng::seed_from_u64(case.seed ^ 0x5ca1e);
         let mut draw = || (0..case.heads() * case.value_dim).map(|_| rng.random_range(0.5..1.5)).collect();
         [draw(), draw()]
     }
 
-    pub(super) fn scale<F: Float>(case: &Case, scale: &[f32]) -> Array<F, 2> {
+    pub(crate) fn scale<F: Float>(case: &Case, scale: &[f32]) -> Array<F, 2> {
         array([case.heads(), case.value_dim], scale)
     }
 
-    pub(super) fn upload_scale(device: &Device, case: &Case, scale: &[f32]) -> Result<Tensor<2>, String> {
+    pub(crate) fn upload_scale(device: &Device, case: &Case, scale: &[f32]) -> Result<Tensor<2>, String> {
         run(Tensor::from_f32(&device.client, [case.heads(), case.value_dim], Element::F32, scale))
     }
 
