@@ -162,7 +162,7 @@ pub(super) fn copy_kernel<E: Float, N: Size>(
 
 /// Changes single words of the tables: `(at, value)` from word `first` of `numbers` on.
 #[cube(launch_unchecked)]
-pub(super) fn edit_kernel(numbers: &[u32], tables: &mut [u32], first: u32, count: u32) {
+pub(crate) fn edit_kernel(numbers: &[u32], tables: &mut [u32], first: u32, count: u32) {
     if ABSOLUTE_POS < count as usize {
         let edit = first as usize + ABSOLUTE_POS * 2;
         tables[numbers[edit] as usize] = numbers[edit + 1];

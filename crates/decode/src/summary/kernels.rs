@@ -81,7 +81,8 @@ pub(super) fn span_kernel<E: Float, N: Size>(
             value[value_to] = value_pool[(row * shape.value_vectors + own.vector) as usize];
         }
     } else {
-        let (batch, token) = (new_row + own.batch, position - length);
+        let batch = new_row + own.batch;
+        let token = position - length;
         let width = comptime![width as u32];
         if own.vector < shape.key_vectors {
             let from = batch * key_strides.batch + own.head * key_strides.head + token * key_strides.token;

@@ -436,7 +436,7 @@ fn accept_qada(
             return Err(format!("route {at} is {route}, {margin} nats beyond the cut"));
         }
     }
-    let reach = |_, head: usize, token: usize| match routes[head * query_len + token] {
+    let reach = |_: usize, head: usize, token: usize| match routes[head * query_len + token] {
         0 => Some(exact.near()),
         _ => Some(Reach::All),
     };

@@ -37,8 +37,9 @@ impl Pages {
         let pages = needed.iter().sum::<usize>() + 2;
         let mut free: Vec<u32> = (0..pages as u32).collect();
         free.shuffle(rng);
-        let tables = needed.into_iter().map(|needed| free.split_off(free.len() - needed)).collect();
-        let pool = |of: fn(&Tokens) -> &Array<f32, 3>, tables: &Vec<Vec<u32>>| {
+        let tables: Vec<Vec<u32>> =
+            needed.into_iter().map(|needed| free.split_off(free.len() - needed)).collect();
+        let pool = |of: fn(&Tokens) -> &Array<f32, 3>| {
             let [heads, _, dim] = of(&tokens[0]).shape();
             let mut pool = Array::filled([pages, heads, page_size, dim], f32::NAN);
             for (table, tokens) in tables.iter().zip(tokens) {
@@ -49,8 +50,7 @@ impl Pages {
             }
             Tensor::from_f32(client, pool.shape(), element, pool.as_slice())
         };
-        let tables: Vec<Vec<u32>> = tables;
-        let (key, value) = (pool(|tokens| &tokens.key, &tables)?, pool(|tokens| &tokens.value, &tables)?);
+        let (key, value) = (pool(|tokens| &tokens.key)?, pool(|tokens| &tokens.value)?);
         Ok(Self { page_size, pages, tables, key, value })
     }
 
