@@ -22,6 +22,9 @@ use crate::{
 /// Most keys that are copied to be summed up at once.
 const AT_ONCE: usize = 1 << 14;
 
+/// Most slack: a step reads up to twice as many keys one by one.
+const MOST_SLACK: usize = 1 << 12;
+
 /// A [`KvCache`] whose sequences have, besides, a [`Summary`] of the keys that left a window: RATTENTION's state, or the
 /// moments of keys that QAdA decides by. It is forked, truncated, freed, saved and restored with its sequence.
 ///
@@ -66,13 +69,13 @@ impl<S: Summary> SummaryCache<S> {
     /// beyond the window.
     ///
     /// # Errors
-    /// As [`KvCache::new`] and [`Summary::parts`]; [`Error::Option`] without slack, and for a ring that holds less than that,
+    /// As [`KvCache::new`] and [`Summary::parts`]; [`Error::Option`] for a slack of 0 or above 4,096, and for a ring that holds less than that,
     /// or that has sinks, which a summary leaves out by itself; [`Error::TooLarge`].
     pub fn new(client: &Client, summary: S, shape: KvShape, layout: Layout, slack: usize) -> Result<Self> {
         let (window, first) = summary.outside();
         let window = window.keys() as usize;
-        if slack == 0 {
-            return Err(Error::option("slack of a summary", slack, "at least 1 token"));
+        if !(1..=MOST_SLACK).contains(&slack) {
+            return Err(Error::option("slack of a summary", slack, format!("1 to {MOST_SLACK} tokens")));
         }
         if layout.ring_pages > 0 {
             if layout.fixed_pages > 0 {
@@ -83,7 +86,7 @@ impl<S: Summary> SummaryCache<S> {
                 ));
             }
             let held = layout.ring_tokens();
-            if held < window.saturating_add(slack.saturating_mul(2)) {
+            if held < window.saturating_add(2 * slack) {
                 let expected = format!("at most half of what the ring's {held} tokens are beyond {window}");
                 return Err(Error::option("slack of a summary", slack, expected));
             }
@@ -106,9 +109,21 @@ impl<S: Summary> SummaryCache<S> {
 
     /// Holds a second key per token, which is the one that is summed up: RATTENTION's far branch has keys without rotary
     /// positions and norms. Each append brings it along ([`NewTokens::plain_key`]).
-    pub fn with_plain_keys(mut self, client: &Client) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Option`] unless the cache is empty; [`Error::DeviceMismatch`].
+    pub fn with_plain_keys(mut self, client: &Client) -> Result<Self> {
+        self.kv.check_device(client)?;
+        let sequences = self.kv.layout().sequences() - self.kv.free_sequences();
+        if sequences > 0 {
+            return Err(Error::option(
+                "sequences of a cache that is to have plain keys",
+                sequences,
+                "none yet",
+            ));
+        }
         self.kv.plain_key = Some(Tensor::empty(client, self.kv.key.shape(), self.kv.shape().element));
-        self
+        Ok(self)
     }
 
     /// Keys and values: what a decode step's batch and view are of.

@@ -58,12 +58,12 @@ impl<S: Summary> Soak<S> {
         (cache, plain): (SummaryCache<S>, bool),
         case: &Case,
         (ring, slack): (bool, usize),
-    ) -> Self {
-        let cache = if plain { cache.with_plain_keys(client) } else { cache };
+    ) -> Result<Self, String> {
+        let cache = if plain { run(cache.with_plain_keys(client))? } else { cache };
         let layout = cache.kv().layout();
         let model = KvModel::new([case.kv_heads, case.head_dim, case.value_dim], layout.page_size());
         let (summed, live) = (model.clone(), Vec::new());
-        Self { cache, model, summed, plain, live, case: case.clone(), layout, ring, slack }
+        Ok(Self { cache, model, summed, plain, live, case: case.clone(), layout, ring, slack })
     }
 
     /// All operations, with `check` of some sequences now and then and of all that have tokens in the end.
@@ -293,7 +293,7 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
             false => Layout::paged(SEQUENCES, 300, page_size, SEQUENCES * 300usize.div_ceil(page_size)),
         })?;
         let cache = run(LinearCache::new(client, system.far(), shape_of(&case), layout, slack))?;
-        let soak = Soak::new(client, (cache, plain), &case, (ring, slack));
+        let soak = Soak::new(client, (cache, plain), &case, (ring, slack))?;
         soak.run(client, &operations, |soak, live| {
             let (batch, problem) = run(problem_of(client, soak, live, query_len))?;
             let decoder = run(RattentionDecoder::new(client, system, &problem))?;
@@ -374,7 +374,7 @@ pub(super) fn moments_follow_their_cache(device: &Device, effort: Effort) -> Res
         let pages = SEQUENCES * 300usize.div_ceil(page_size);
         let layout = run(Layout::paged(SEQUENCES, 300, page_size, pages))?;
         let cache = run(MomentCache::new(client, gate, shape_of(&case), layout, slack))?;
-        let soak = Soak::new(client, (cache, false), &case, (false, slack));
+        let soak = Soak::new(client, (cache, false), &case, (false, slack))?;
         soak.run(client, &operations, |soak, live| {
             let (batch, problem) = run(problem_of(client, soak, live, query_len))?;
             let decoder = run(QadaDecoder::new(client, Qada::new(gate), &problem))?;
