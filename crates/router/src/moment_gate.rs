@@ -115,7 +115,7 @@ impl MomentGate {
             return Err(Error::option("packed sequences", "given", expected));
         }
         supports(problem, &profile)?;
-        let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, .. } = *problem;
+        let Problem { batch, kv_heads, query_len, key_len, head_dim, .. } = *problem;
         // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
         let sinks = (self.sinks as usize).min(key_len);
         let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;

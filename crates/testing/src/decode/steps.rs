@@ -1,8 +1,7 @@
 //! What decode steps satisfy.
 
 use bifocal::{
-    INVALID_ROUTE, Partial, Reach, RouteGeometry, Routes, Routine, Rows, Tensor, Window,
-    cubecl::client::Client, decode::Layout,
+    INVALID_ROUTE, Partial, Reach, RouteGeometry, Routes, Routine, Rows, Tensor, Window, decode::Layout,
 };
 use proptest::{prelude::*, sample::select};
 

@@ -6,7 +6,7 @@ use bifocal::{
     decode::{DecodePlan, PageTables, Reaches, Step},
 };
 use bifocal_reference::Array;
-use proptest::{prelude::*, sample::select};
+use proptest::sample::select;
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::SliceRandom};
 
 use super::scene::{Scene, Tokens, overwrite, reach_by, routes_of, step_cases};

@@ -1,7 +1,6 @@
 //! What linear attention satisfies, forward, backward and step by step.
 
 use bifocal::{AttentionOperator, Element, FeatureMap, Partial, Reach, Rows, State, Tensor, Windowed};
-use bifocal_reference::Array;
 use proptest::prelude::*;
 
 use super::case::{
