@@ -59,7 +59,7 @@ pub use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
         AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
-        Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
+        Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, open, synchronise,
     },
 };
 pub use bifocal_dispatch::{

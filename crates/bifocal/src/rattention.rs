@@ -171,7 +171,7 @@ impl Rattention {
         Ok(RattentionGradients { near, far_query: far.query, far_key: far.key, near_scale, far_scale, state })
     }
 
-    fn norms<'a>(
+    pub(crate) fn norms<'a>(
         &self,
         near: &'a Tensor<4>,
         far: &'a Tensor<4>,

@@ -1,6 +1,6 @@
 use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
-    device::{Gradients, Tensor, TensorView},
+    device::{Gradients, Summaries, Summary, Tensor, TensorView},
 };
 use cubecl::client::Client;
 
@@ -203,6 +203,45 @@ impl LinearAttention {
         Ok(())
     }
 
+    /// Several steps of decoding at once, over a cache that keeps states (`SummaryCache` in `bifocal-decode`): each of the
+    /// queries `[B, H, Tq, D]`, which are the last tokens of their sequences, meets its sequence's state and the keys that
+    /// left its window since. Writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type. The problem's key length
+    /// means nothing here.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step) and [`Summaries::check`].
+    pub fn meet(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        query: TensorView<'_, 4>,
+        summaries: &Summaries<'_>,
+        out: &Tensor<4>,
+    ) -> Result<()> {
+        problem.check()?;
+        let Problem { batch, heads, kv_heads, query_len, head_dim, value_dim, element, .. } = *problem;
+        query.check("query", client, [batch, heads, query_len, head_dim], element)?;
+        summaries.check(client, problem, &[self.state_numbers([kv_heads, head_dim, value_dim])])?;
+        check_out(client, problem, problem.out_shape(), out)?;
+        let rows = (batch * heads * query_len) as u128 * summaries.room().max(4) as u128;
+        let keys = 4 * (batch * kv_heads) as u128 * summaries.room() as u128;
+        for (what, size) in
+            [("scores of keys beside a state", rows), ("numbers of the norms of all rows", keys)]
+        {
+            let limit = u128::from(u32::MAX);
+            if size > limit {
+                return Err(Error::TooLarge { what, size, limit });
+            }
+        }
+        self.choose(problem, &DeviceProfile::of(client))?;
+        portable::meet(client, problem, self.map, query, summaries, out);
+        Ok(())
+    }
+
+    fn state_numbers(&self, [kv_heads, head_dim, value_dim]: [usize; 3]) -> usize {
+        kv_heads * self.map.features(head_dim) * value_dim
+    }
+
     fn call<'a>(
         &self,
         client: &'a Client,
@@ -214,7 +253,46 @@ impl LinearAttention {
     }
 
     fn geometry(&self, problem: &Problem) -> Result<Geometry> {
-        Geometry::new(problem, self.window, self.map, self.chunk)
+        Geometry::new(problem, self.window.keys() as usize, self.map, self.chunk)
+    }
+}
+
+impl Summary for LinearAttention {
+    fn outside(&self) -> (Window, usize) {
+        (self.window, 0)
+    }
+
+    /// One part: the [`State`] of a sequence.
+    fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
+        self.choose(problem, &DeviceProfile::of(client))?;
+        let Problem { kv_heads, head_dim, value_dim, .. } = *problem;
+        Ok(vec![self.state_numbers([kv_heads, head_dim, value_dim])])
+    }
+
+    fn fold(
+        &self,
+        client: &Client,
+        _keys: usize,
+        parts: &[Tensor<1>],
+        key: TensorView<'_, 4>,
+        value: TensorView<'_, 4>,
+    ) -> Result<Vec<Tensor<1>>> {
+        let shape = key.shape();
+        let problem = Problem::new(shape, shape, key.element())?.with_value_dim(value.shape()[3])?;
+        let state_shape = self.state_shape(&problem);
+        let [_, kv_heads, features, value_dim] = state_shape;
+        let [state] = parts else {
+            return Err(Error::shape("the parts of a state", "[1]".to_string(), &[parts.len()]));
+        };
+        let strides = [kv_heads * features * value_dim, features * value_dim, value_dim, 1];
+        let state = State::of(Tensor::new(state.handle().clone(), Element::F32, state_shape, strides));
+        // Sums ask nothing of queries.
+        let inputs = LinearInputs::new(key, key, value).with_state(&state);
+        inputs.check(client, &problem, state_shape)?;
+        let geometry = Geometry::new(&problem, 0, self.map, self.chunk)?;
+        let (_, end) = Call::new(client, &problem, &inputs, geometry, self.map).states();
+        let numbers = kv_heads * features * value_dim;
+        Ok(vec![Tensor::new(end.view().handle().clone(), Element::F32, [numbers], [1])])
     }
 }
 

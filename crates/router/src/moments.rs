@@ -7,7 +7,7 @@ use bifocal_core::{
         launch::{elements, grid, words},
     },
 };
-use cubecl::client::Client;
+use cubecl::{client::Client, server::Handle};
 
 mod kernels;
 
@@ -213,6 +213,18 @@ impl Moments {
             );
         }
         Ok(merged)
+    }
+
+    /// These moments and those of `keys` keys before them, whose mean and scatter are given as these are.
+    pub(crate) fn after(&self, client: &Client, keys: usize, [mean, scatter]: [&Handle; 2]) -> Result<Self> {
+        let (of_mean, of_scatter) = (self.mean.view(), self.scatter.view());
+        let before = Self {
+            keys,
+            covariance: self.covariance,
+            mean: Tensor::new(mean.clone(), Element::F32, of_mean.shape(), of_mean.strides()),
+            scatter: Tensor::new(scatter.clone(), Element::F32, of_scatter.shape(), of_scatter.strides()),
+        };
+        before.merge(client, self)
     }
 
     /// How many keys there are per sequence and kv head.

@@ -187,7 +187,7 @@ fn moments_merge_in_any_order(device: &Device, effort: Effort) -> Result<(), Str
 }
 
 /// The oracle of a gate.
-fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
+pub(crate) fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
     reference::Qada {
         window: gate.window(),
         sinks: gate.sinks(),
@@ -199,12 +199,12 @@ fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
     }
 }
 
-fn options(problem: &Problem) -> reference::Options<f64> {
+pub(crate) fn options(problem: &Problem) -> reference::Options<f64> {
     reference::Options { scale: f64::from(problem.scale), ..reference::Options::new(problem.head_dim) }
 }
 
 /// Predictions are sums of numbers of about one, over as many channels and keys: this many nats is far off for f32.
-const NATS: f64 = 2e-4;
+pub(crate) const NATS: f64 = 2e-4;
 
 fn predicted_masses_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
     let chunks = select(vec![None, None, Some(5usize), Some(16), Some(1000)]);

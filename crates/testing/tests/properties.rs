@@ -95,6 +95,9 @@ on_every_device! {
     layouts_agree_bit_for_bit
     neighbours_do_not_matter
     gates_flip_between_steps
+    page_tables_are_read_anew
+    states_follow_their_cache
+    moments_follow_their_cache
     decode_never_sees_what_it_should_not
     products_of_rows_are_plain_sums
     gradients_equal_the_oracle

@@ -1,6 +1,6 @@
 //! How a call is cut into chunks, and what its kernels are compiled for. Sizes are decided here and nowhere else.
 
-use bifocal_core::{DeviceProfile, Error, FeatureMap, Problem, Result, Window};
+use bifocal_core::{DeviceProfile, Error, FeatureMap, Problem, Result};
 
 /// Most numbers in the states of all chunks: 1 GiB. Longer contexts have longer chunks.
 const STATE_NUMBERS: usize = 1 << 28;
@@ -39,18 +39,19 @@ pub(crate) struct Geometry {
 }
 
 impl Geometry {
+    /// Of keys that all leave but for the last `hidden`.
+    ///
     /// # Errors
     /// [`Error::TooLarge`] when the states of all chunks, or the kernels' units, are more than indices can address.
     pub(crate) fn new(
         problem: &Problem,
-        window: Window,
+        hidden: usize,
         map: FeatureMap,
         chunk: Option<usize>,
     ) -> Result<Self> {
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, .. } = *problem;
         let (lists, group, features) = (batch * kv_heads, problem.group(), map.features(head_dim));
-        let hidden = (window.keys() as usize).min(key_len);
-        let keys = key_len - hidden;
+        let keys = key_len.saturating_sub(hidden);
         let state = lists.saturating_mul(features).saturating_mul(value_dim);
         let chunk = chunk.unwrap_or_else(|| {
             // With half as many keys as features, a row's share of its chunk costs about half of its share of the state.
@@ -174,7 +175,7 @@ mod tests {
     fn geometry(query_len: usize, key_len: usize, window: usize, chunk: Option<usize>) -> Geometry {
         let shape = |heads, length| [2, heads, length, 64];
         let problem = Problem::new(shape(4, query_len), shape(2, key_len), Element::F32).unwrap();
-        Geometry::new(&problem, Window::new(window).unwrap(), FeatureMap::SoftmaxPair, chunk).unwrap()
+        Geometry::new(&problem, window, FeatureMap::SoftmaxPair, chunk).unwrap()
     }
 
     #[test]
@@ -208,8 +209,7 @@ mod tests {
         assert!(long.chunk > 64 && long.chunks * 4 * 128 * 64 <= STATE_NUMBERS);
         let shape = [1 << 10, 1, 1 << 14, 64];
         let problem = Problem::new(shape, shape, Element::F32).unwrap();
-        let window = Window::new(1).unwrap();
-        let refused = Geometry::new(&problem, window, FeatureMap::SoftmaxPair, Some(1));
+        let refused = Geometry::new(&problem, 1, FeatureMap::SoftmaxPair, Some(1));
         assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     }
 }

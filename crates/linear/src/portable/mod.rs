@@ -7,6 +7,7 @@
 
 mod features;
 pub(crate) mod geometry;
+mod meet;
 mod numbers;
 mod read;
 mod rows;
@@ -17,8 +18,8 @@ mod turn;
 use bifocal_core::{
     DeviceProfile, Element, FeatureMap, Problem, Refusal, Result,
     device::{
-        Gradients, Tensor, TensorView,
-        launch::{elements, grid},
+        Gradients, Summaries, Tensor, TensorView,
+        launch::{elements, grid, words},
     },
 };
 use cubecl::client::Client;
@@ -27,6 +28,7 @@ pub(crate) use self::numbers::{Strides, offset, strides};
 use self::{
     features::norms_kernel,
     geometry::{Blueprint, Geometry, lanes, largest_divisor},
+    meet::{meet_kernel, score_kernel},
     numbers::{keys, numbers, queries},
     read::read_kernel,
     states::{Scan, decays_kernel, scan_kernel, sum_kernel},
@@ -220,7 +222,7 @@ impl<'a> Call<'a> {
     }
 
     /// The state before each chunk, and the one after the last.
-    fn states(&self) -> (Tensor<1>, State) {
+    pub(crate) fn states(&self) -> (Tensor<1>, State) {
         let states = self.room_for_states();
         let attention = &self.inputs.attention;
         let side = keys(&self.geometry);
@@ -420,6 +422,82 @@ pub(crate) fn step(
             blueprint,
             [problem.element.into(), out.element().into()],
             [blueprint.width, blueprint.heads],
+        );
+    }
+}
+
+/// Writes the outputs of a few queries per sequence and head, from states and from keys beside them. Everything has been
+/// checked.
+pub(crate) fn meet(
+    client: &Client,
+    problem: &Problem,
+    map: FeatureMap,
+    query: TensorView<'_, 4>,
+    summaries: &Summaries<'_>,
+    out: &Tensor<4>,
+) {
+    let Problem { batch, kv_heads, query_len, head_dim, value_dim, .. } = *problem;
+    let (lists, rows, room) = (batch * kv_heads, problem.packed_rows(), summaries.room());
+    let (key, value) = (summaries.key.view(), summaries.value.view());
+    let (query_norms, key_norms) = (norms(client, map, query), norms(client, map, key));
+    let scores = Tensor::<1>::empty(client, [lists * rows * room], Element::F32);
+    let profile = DeviceProfile::of(client);
+    let blueprint = meet::Blueprint {
+        map,
+        width: largest_divisor(value_dim, if profile.cpu_cores.is_some() { 16 } else { 4 }),
+        rows: rows.next_power_of_two().min(4),
+    };
+    let sizes = || {
+        meet::SizesLaunch::new(
+            lists as u32,
+            kv_heads as u32,
+            problem.group() as u32,
+            query_len as u32,
+            room as u32,
+            head_dim as u32,
+            value_dim as u32,
+        )
+    };
+    let element = problem.element.into();
+    // SAFETY: the checks before keep every index that shapes, strides and spans can form inside the buffers.
+    unsafe {
+        let (cubes, units) = grid(client, lists * room * rows.div_ceil(blueprint.rows));
+        score_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(query),
+            elements(key),
+            words(&summaries.spans),
+            elements(query_norms.view()),
+            elements(key_norms.view()),
+            elements(scores.view()),
+            strides(query.strides()),
+            strides(key.strides()),
+            sizes(),
+            blueprint,
+            element,
+            blueprint.rows,
+        );
+        let (cubes, units) = grid(client, lists * (value_dim / blueprint.width));
+        meet_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(query),
+            elements(value),
+            words(&summaries.spans),
+            elements(query_norms.view()),
+            elements(scores.view()),
+            elements(summaries.parts[0].view()),
+            elements(out.view()),
+            strides(query.strides()),
+            strides(value.strides()),
+            strides(out.strides()),
+            sizes(),
+            blueprint,
+            [element, out.element().into()],
+            [blueprint.width, blueprint.rows],
         );
     }
 }
