@@ -212,6 +212,57 @@ fn runs_are_trained_resumed_and_reported() {
 }
 
 #[test]
+fn layers_that_seldom_look_far_are_pruned() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    // Gates of the one layer that are open for about half of all tokens.
+    train(here, "aha", &["--attention", "aha", "--window", "4", "--steps", "2"]).unwrap();
+    train(here, "dense", &["--attention", "full", "--steps", "2"]).unwrap();
+    let prune = |run: &str, below: &str, out: &str, more: &[&str]| {
+        bifocal(here, &[&["prune", run, "--below", below, "--out", out], more].concat())
+    };
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "near", "--context", "100", "--json", "-"]);
+    let layer = &found["layers"][0];
+    assert_eq!((&layer["pruned"], &layer["after"]["kind"]), (&true.into(), &"window".into()));
+    assert!(layer["far"].as_f64().is_some_and(|far| (0.01..1.0).contains(&far)), "{found}");
+    // One kv head of 8: keys and values in f32.
+    let bytes = |tokens: u64| tokens * 2 * 8 * 4;
+    assert_eq!(found["kv_bytes"]["before"], bytes(100));
+    assert_eq!(found["kv_bytes"]["after"], bytes(4));
+    assert_eq!(found["loss"], Value::Null);
+    // It is a decoder without routers, which the same text tells from the whole one.
+    let error = bifocal(here, &["demo", "--run", "near", "--text", "text.md"]).unwrap_err();
+    assert!(error.contains("no AHA layer"), "{error}");
+
+    // On the run's own text the loss before is that of its last validation.
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "seen", "--text", "text.md", "--json", "-"]);
+    let loss = |side: &str| found["loss"][side].as_f64().expect("a loss");
+    let reported = json(here, &["report", "aha", "--json", "-"]);
+    let last = reported[0]["validation_loss"].as_f64().unwrap();
+    assert!((loss("before") - last).abs() < 1e-6, "{found}, {reported}");
+    assert!(loss("after") != loss("before") && (loss("after") - last).abs() < 1.0, "{found}");
+
+    let told = prune("aha", "0.01", "whole", &[]).unwrap();
+    assert!(told.contains("No layer looks far for less than 1.00 %"), "{told}");
+    bifocal(here, &["demo", "--run", "whole", "--text", "text.md"]).unwrap();
+    bifocal(here, &["export", "aha", "aha.bifocal"]).unwrap();
+    let refused = |run, below, out, text: &str| {
+        let error = prune(run, below, out, &[]).unwrap_err();
+        assert!(error.contains(text), "{error}");
+    };
+    refused("aha", "0.5", "near", "near holds a checkpoint already");
+    refused("aha", "1.5", "other", "the share to prune below is 1.5, expected 0 to 1");
+    refused("dense", "0.5", "other", "model.attention is full, expected a kind with a learned router");
+    refused("aha.bifocal", "0.5", "other", "aha.bifocal is no folder with the metrics of a run");
+    std::fs::write(here.join("aha/metrics.jsonl"), "").unwrap();
+    refused("aha", "0.5", "other", "how often routers look far: measure it on a text");
+    assert!(!here.join("other").exists());
+}
+
+#[test]
 fn the_demo_shows_gates_that_have_learned() {
     let folder = tempfile::tempdir().unwrap();
     let found = json(folder.path(), &["demo", "--tokens", "512", "--json", "-"]);
