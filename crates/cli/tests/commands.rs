@@ -104,7 +104,7 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
         let timings = report["timings"].as_array().unwrap();
         let bytes = |case: &str, length: usize| {
             let found = timings.iter().find(|timing| timing["case"] == case && timing["length"] == length);
-            found.expect("a timing")["bytes"].as_u64().unwrap()
+            found.expect("a timing")["useful_bytes"].as_f64().unwrap() as u64
         };
         // Four kv heads of all sequences, f32 keys and values of 32; 8 queries and outputs.
         let of = |keys: u64| 2 * (keys + 8) * 32 * 4;
@@ -115,8 +115,20 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
             // Two of eight heads look far: in one kv head or in two.
             let far = |kv_heads: u64| of(kv_heads * length as u64 + (4 - kv_heads) * 16);
             assert!([far(1), far(2)].contains(&bytes("aha", length)));
+            // Both branches of L2A, of which one sees nothing; layers look far more or less often.
+            assert_eq!(bytes("l2a-off", length), of(4 * 16) + of(0));
+            assert!((of(4 * 16)..of(4 * length as u64)).contains(&bytes("aha-layers", length)));
+            assert!(bytes("router", length) > 0 && bytes("plan", length) > 0);
         }
     }
+    // Beside another library's, at the same shape.
+    let ours = ["--cases", "full", "--json", "ours.json"];
+    bifocal(folder.path(), &[&bench[..], &SMALL[..], &ours].concat()).unwrap();
+    let peer = std::fs::read_to_string(folder.path().join("ours.json")).unwrap();
+    let peer = peer.replace("\"full\"", "\"flashinfer\"").replacen('{', "{\"library\": \"peer 1\",", 1);
+    std::fs::write(folder.path().join("peer.json"), peer).unwrap();
+    let tables = bifocal(folder.path(), &["compare", "peer.json", "ours.json"]).unwrap();
+    assert!(tables.contains("### decode, 1 per sequence, f32") && tables.contains("(1.00 x)"), "{tables}");
     let error =
         bifocal(folder.path(), &["bench", "decode", "--queries", "17", "--lengths", "64"]).unwrap_err();
     assert!(error.contains("query length of a step is 17, expected 1 to 16"), "{error}");
