@@ -146,7 +146,7 @@ fn lines(figure: &Lines, area: &Area<'_>) -> Drawn {
 }
 
 /// What the series are called, in the corner that they seldom reach.
-fn legend<'a>(chart: &mut Chart<'a, '_>) -> Drawn {
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Drawn {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperLeft)

@@ -413,7 +413,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 6;
+        config.model.layers = 7;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -421,6 +421,7 @@ mod tests {
             AttentionKind::L2a { window: 32 },
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
+            AttentionKind::L2aLocal { window: 5 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

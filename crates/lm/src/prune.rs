@@ -56,7 +56,7 @@ impl Pruning {
             let expected = format!("those of {} layers, as the model has", model.layers);
             return Err(Error::setting("shares of far", format!("of {} layers", far.len()), expected));
         }
-        let kinds = || (0..model.layers).map(|layer| model.attention_of(layer));
+        let kinds = || (0..model.layers).map(move |layer| model.attention_of(layer));
         if kinds().all(|kind| kind.near().is_none()) {
             let mut found: Vec<_> = kinds().map(AttentionKind::name).collect();
             found.dedup();

@@ -128,10 +128,8 @@ impl Hashing<'_> {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::tests::{checkpoint, saved},
-        *,
-    };
+    use super::super::tests::{checkpoint, saved};
+    use super::*;
 
     #[test]
     fn a_file_cut_off_anywhere_says_so() {
