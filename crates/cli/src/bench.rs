@@ -10,7 +10,7 @@ mod useful;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use bifocal::{AttentionOperator, DeviceProfile, Rattention, Window, cubecl::client::Client};
+use bifocal::{DeviceProfile, Rattention, Window, cubecl::client::Client};
 use clap::{Args, Subcommand};
 
 use crate::{DeviceName, output, shape::Shape, timings::Report};
