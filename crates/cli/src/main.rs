@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, train, report, export, masses, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, export, prune, masses, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -10,6 +10,7 @@ mod export;
 mod masses;
 mod output;
 mod plot;
+mod prune;
 mod report;
 mod shape;
 mod timings;
@@ -46,6 +47,8 @@ enum Command {
     Report(report::Options),
     /// Write what a training run has learned to one file, without what only training needs.
     Export(export::Options),
+    /// Leave out the far branches of layers that seldom look far.
+    Prune(prune::Options),
     /// Show how well QAdA predicts what queries of a run would miss, per head.
     Masses(masses::Options),
     /// Check every property of the operators on a device.
@@ -109,6 +112,7 @@ fn main() -> ExitCode {
         Command::Train(options) => train::run(&options),
         Command::Report(options) => report::run(&options),
         Command::Export(options) => export::run(&options),
+        Command::Prune(options) => prune::run(&options),
         Command::Masses(options) => masses::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),

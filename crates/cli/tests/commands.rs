@@ -104,7 +104,7 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
         let timings = report["timings"].as_array().unwrap();
         let bytes = |case: &str, length: usize| {
             let found = timings.iter().find(|timing| timing["case"] == case && timing["length"] == length);
-            found.expect("a timing")["bytes"].as_u64().unwrap()
+            found.expect("a timing")["useful_bytes"].as_f64().unwrap() as u64
         };
         // Four kv heads of all sequences, f32 keys and values of 32; 8 queries and outputs.
         let of = |keys: u64| 2 * (keys + 8) * 32 * 4;
@@ -115,8 +115,20 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
             // Two of eight heads look far: in one kv head or in two.
             let far = |kv_heads: u64| of(kv_heads * length as u64 + (4 - kv_heads) * 16);
             assert!([far(1), far(2)].contains(&bytes("aha", length)));
+            // Both branches of L2A, of which one sees nothing; layers look far more or less often.
+            assert_eq!(bytes("l2a-off", length), of(4 * 16) + of(0));
+            assert!((of(4 * 16)..of(4 * length as u64)).contains(&bytes("aha-layers", length)));
+            assert!(bytes("router", length) > 0 && bytes("plan", length) > 0);
         }
     }
+    // Beside another library's, at the same shape.
+    let ours = ["--cases", "full", "--json", "ours.json"];
+    bifocal(folder.path(), &[&bench[..], &SMALL[..], &ours].concat()).unwrap();
+    let peer = std::fs::read_to_string(folder.path().join("ours.json")).unwrap();
+    let peer = peer.replace("\"full\"", "\"flashinfer\"").replacen('{', "{\"library\": \"peer 1\",", 1);
+    std::fs::write(folder.path().join("peer.json"), peer).unwrap();
+    let tables = bifocal(folder.path(), &["compare", "peer.json", "ours.json"]).unwrap();
+    assert!(tables.contains("### decode, 1 per sequence, f32") && tables.contains("(1.00 x)"), "{tables}");
     let error =
         bifocal(folder.path(), &["bench", "decode", "--queries", "17", "--lengths", "64"]).unwrap_err();
     assert!(error.contains("query length of a step is 17, expected 1 to 16"), "{error}");
@@ -209,6 +221,57 @@ fn runs_are_trained_resumed_and_reported() {
     std::fs::write(&checkpoint, &bytes[..bytes.len() / 2]).unwrap();
     let error = bifocal(here, &["train", "--resume", "--out", "aha"]).unwrap_err();
     assert!(error.contains("checkpoint is cut off"), "{error}");
+}
+
+#[test]
+fn layers_that_seldom_look_far_are_pruned() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    // Gates of the one layer that are open for about half of all tokens.
+    train(here, "aha", &["--attention", "aha", "--window", "4", "--steps", "2"]).unwrap();
+    train(here, "dense", &["--attention", "full", "--steps", "2"]).unwrap();
+    let prune = |run: &str, below: &str, out: &str, more: &[&str]| {
+        bifocal(here, &[&["prune", run, "--below", below, "--out", out], more].concat())
+    };
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "near", "--context", "100", "--json", "-"]);
+    let layer = &found["layers"][0];
+    assert_eq!((&layer["pruned"], &layer["after"]["kind"]), (&true.into(), &"window".into()));
+    assert!(layer["far"].as_f64().is_some_and(|far| (0.01..1.0).contains(&far)), "{found}");
+    // One kv head of 8: keys and values in f32.
+    let bytes = |tokens: u64| tokens * 2 * 8 * 4;
+    assert_eq!(found["kv_bytes"]["before"], bytes(100));
+    assert_eq!(found["kv_bytes"]["after"], bytes(4));
+    assert_eq!(found["loss"], Value::Null);
+    // It is a decoder without routers, which the same text tells from the whole one.
+    let error = bifocal(here, &["demo", "--run", "near", "--text", "text.md"]).unwrap_err();
+    assert!(error.contains("no AHA layer"), "{error}");
+
+    // On the run's own text the loss before is that of its last validation.
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "seen", "--text", "text.md", "--json", "-"]);
+    let loss = |side: &str| found["loss"][side].as_f64().expect("a loss");
+    let reported = json(here, &["report", "aha", "--json", "-"]);
+    let last = reported[0]["validation_loss"].as_f64().unwrap();
+    assert!((loss("before") - last).abs() < 1e-6, "{found}, {reported}");
+    assert!(loss("after") != loss("before") && (loss("after") - last).abs() < 1.0, "{found}");
+
+    let told = prune("aha", "0.01", "whole", &[]).unwrap();
+    assert!(told.contains("No layer looks far for less than 1.00 %"), "{told}");
+    bifocal(here, &["demo", "--run", "whole", "--text", "text.md"]).unwrap();
+    bifocal(here, &["export", "aha", "aha.bifocal"]).unwrap();
+    let refused = |run, below, out, text: &str| {
+        let error = prune(run, below, out, &[]).unwrap_err();
+        assert!(error.contains(text), "{error}");
+    };
+    refused("aha", "0.5", "near", "near holds a checkpoint already");
+    refused("aha", "1.5", "other", "the share to prune below is 1.5, expected 0 to 1");
+    refused("dense", "0.5", "other", "model.attention is full, expected a kind with a learned router");
+    refused("aha.bifocal", "0.5", "other", "aha.bifocal is no folder with the metrics of a run");
+    std::fs::write(here.join("aha/metrics.jsonl"), "").unwrap();
+    refused("aha", "0.5", "other", "how often routers look far: measure it on a text");
+    assert!(!here.join("other").exists());
 }
 
 #[test]

@@ -31,6 +31,12 @@ pub enum AttentionKind {
         /// Keys that a query sees in the local sub-layer.
         window: usize,
     },
+    /// L2A's local sub-layer alone, which is what [pruning](crate::Pruning) leaves of an L2A layer: a window, behind a norm,
+    /// with norms of queries and keys.
+    L2aLocal {
+        /// Keys that a query sees.
+        window: usize,
+    },
     /// Query-adaptive attention (QAdA, arXiv 2502.09647): a window and the first tokens, then everything else where the moments
     /// of keys say so. It has the weights of full attention and learns nothing for its gate.
     Qada {
@@ -75,6 +81,7 @@ impl AttentionKind {
             Self::Aha { .. } => "aha",
             Self::MultiWindow { .. } => "multi-window",
             Self::L2a { .. } => "l2a",
+            Self::L2aLocal { .. } => "l2a-local",
             Self::Qada { .. } => "qada",
             Self::Rattention { .. } => "rattention",
             Self::RandomGate { .. } => "random-gate",
@@ -89,6 +96,7 @@ impl AttentionKind {
             Self::Window { window }
             | Self::Aha { window }
             | Self::L2a { window }
+            | Self::L2aLocal { window }
             | Self::Qada { window, .. }
             | Self::Rattention { window }
             | Self::RandomGate { window, .. } => Some(*window),
@@ -191,6 +199,13 @@ impl ModelConfig {
             [all] => all,
             each => &each[index],
         }
+    }
+
+    /// Whether some layer has a gate with a threshold, which a [`Budget`] can move.
+    pub(crate) fn has_threshold(&self) -> bool {
+        let gated =
+            |kind: &AttentionKind| matches!(kind, AttentionKind::Aha { .. } | AttentionKind::L2a { .. });
+        (0..self.layers).any(|layer| gated(self.attention_of(layer)))
     }
 }
 
@@ -396,10 +411,7 @@ impl TrainingConfig {
             return Err(Error::setting("validation_share", self.validation_share, "above 0 and below 1"));
         }
         if let Some(Budget { target, step }) = self.budget {
-            let gated = (0..model.layers).any(|layer| {
-                matches!(model.attention_of(layer), AttentionKind::Aha { .. } | AttentionKind::L2a { .. })
-            });
-            if !gated {
+            if !model.has_threshold() {
                 return Err(Error::setting("budget", target, "none: no layer has a gate with a threshold"));
             }
             if !(0.0..=1.0).contains(&target) {
@@ -422,7 +434,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 6;
+        config.model.layers = 7;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -430,6 +442,7 @@ mod tests {
             AttentionKind::L2a { window: 32 },
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
+            AttentionKind::L2aLocal { window: 5 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

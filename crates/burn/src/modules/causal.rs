@@ -35,6 +35,12 @@ pub struct CausalAttentionConfig {
     /// Whether the output projection has a bias.
     #[config(default = false)]
     pub output_bias: bool,
+    /// Whether each head's query and key are normed, as in Qwen3.
+    #[config(default = false)]
+    pub qk_norm: bool,
+    /// Added to the mean squares of those norms.
+    #[config(default = 1e-6)]
+    pub norm_epsilon: f64,
 }
 
 impl CausalAttentionConfig {
@@ -46,8 +52,9 @@ impl CausalAttentionConfig {
         self.window.map(Window::new).transpose()?;
         options(self.softcap)?;
         let heads = Heads::new(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim)?;
+        let qk_norm = self.qk_norm.then_some(self.norm_epsilon);
         Ok(CausalAttention {
-            projections: heads.projections(self.bias, self.output_bias, None, device)?,
+            projections: heads.projections(self.bias, self.output_bias, qk_norm, device)?,
             rope: heads.rope(self.rope.as_ref(), device)?,
             window: self.window,
             softcap: self.softcap,

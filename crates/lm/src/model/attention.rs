@@ -81,6 +81,11 @@ impl Attention {
                 let config = L2aAttentionConfig::new(d_model, heads, *window);
                 Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
             }
+            AttentionKind::L2aLocal { window } => {
+                let config = CausalAttentionConfig::new(d_model, heads).with_window(Some(*window));
+                let config = config.with_n_kv_heads(kv_heads).with_rope(rope).with_qk_norm(true);
+                Self::Causal(config.init(device)?)
+            }
             AttentionKind::Rattention { window } => {
                 let config = RattentionAttentionConfig::new(d_model, heads, *window);
                 Self::Rattention(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)

@@ -10,7 +10,7 @@ pub use attention::{Attention, RandomGate};
 pub use custom::{CustomAttention, CustomLayer, register};
 pub(crate) use path::Path;
 
-use bifocal_burn::{Routing, Training};
+use bifocal_burn::{L2aAttentionConfig, Routing, Training};
 use burn::{
     module::Module,
     nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig},
@@ -128,11 +128,18 @@ impl Layer {
     fn new(kind: &AttentionKind, config: &ModelConfig, device: &Device) -> Result<Self> {
         let &ModelConfig { d_model, feed_forward, .. } = config;
         let linear = |from, to| LinearConfig::new(from, to).with_bias(false).init(device);
-        let attention = Attention::new(kind, config, device)?;
-        let brings_norms = matches!(attention, Attention::L2a(_));
+        let attention_norm = match kind {
+            // Attention brings its norms along.
+            AttentionKind::L2a { .. } => None,
+            AttentionKind::L2aLocal { window } => {
+                let l2a = L2aAttentionConfig::new(d_model, config.heads, *window);
+                Some(RmsNormConfig::new(d_model).with_epsilon(l2a.norm_epsilon).init(device))
+            }
+            _ => Some(norm(config, device)),
+        };
         Ok(Self {
-            attention_norm: (!brings_norms).then(|| norm(config, device)),
-            attention,
+            attention_norm,
+            attention: Attention::new(kind, config, device)?,
             feed_forward_norm: norm(config, device),
             gate: linear(d_model, feed_forward),
             up: linear(d_model, feed_forward),
