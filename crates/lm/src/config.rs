@@ -47,6 +47,12 @@ pub enum AttentionKind {
         /// Keys that a query sees near: the paper's w and one more.
         window: usize,
     },
+    /// AHA over a linear far branch (the second question that arXiv 2512.22562 leaves open): a window, and linear attention to
+    /// what has left it where a gate says so.
+    AhaLinear {
+        /// Keys that a query sees near.
+        window: usize,
+    },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
     RandomGate {
         /// Keys that a query sees near.
@@ -77,6 +83,7 @@ impl AttentionKind {
             Self::L2a { .. } => "l2a",
             Self::Qada { .. } => "qada",
             Self::Rattention { .. } => "rattention",
+            Self::AhaLinear { .. } => "aha-linear",
             Self::RandomGate { .. } => "random-gate",
             Self::Custom { .. } => "custom",
         }
@@ -91,6 +98,7 @@ impl AttentionKind {
             | Self::L2a { window }
             | Self::Qada { window, .. }
             | Self::Rattention { window }
+            | Self::AhaLinear { window }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
@@ -376,7 +384,11 @@ impl TrainingConfig {
         }
         if let Some(Budget { target, step }) = self.budget {
             let gated = (0..model.layers).any(|layer| {
-                matches!(model.attention_of(layer), AttentionKind::Aha { .. } | AttentionKind::L2a { .. })
+                let kind = model.attention_of(layer);
+                matches!(
+                    kind,
+                    AttentionKind::Aha { .. } | AttentionKind::AhaLinear { .. } | AttentionKind::L2a { .. }
+                )
             });
             if !gated {
                 return Err(Error::setting("budget", target, "none: no layer has a gate with a threshold"));
@@ -401,7 +413,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 6;
+        config.model.layers = 7;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -409,6 +421,7 @@ mod tests {
             AttentionKind::L2a { window: 32 },
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
+            AttentionKind::AhaLinear { window: 8 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

@@ -119,6 +119,7 @@ impl Decoder {
         match &mut self.layers[layer].attention {
             Attention::Aha(aha) => aha.threshold = threshold as f32,
             Attention::L2a(l2a) => l2a.threshold = threshold as f32,
+            Attention::AhaLinear(aha) => aha.threshold = threshold as f32,
             _ => {}
         }
     }
@@ -156,6 +157,7 @@ impl Layer {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
             Attention::Rattention(rattention) => (rattention.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
+            Attention::AhaLinear(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
             Attention::Qada(qada) => split(qada.forward(normed)?),
             Attention::Custom(custom) => custom.forward(normed)?,
