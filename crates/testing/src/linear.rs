@@ -12,7 +12,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::{
     Device, Effort, Property,
-    case::{Case, cases},
+    case::{Case, Packed, cases},
     compare::{near, run, worst},
     everywhere,
     gradients::draw_d_out,
@@ -88,18 +88,26 @@ pub(crate) const PROPERTIES: &[Property] = &[
 
 /// A call of linear attention.
 #[derive(Clone, Debug)]
-struct LinearCase {
-    case: Case,
-    window: Window,
-    map: FeatureMap,
-    chunk: Option<usize>,
+pub(crate) struct LinearCase {
+    pub(crate) case: Case,
+    pub(crate) window: Window,
+    pub(crate) map: FeatureMap,
+    pub(crate) chunk: Option<usize>,
     /// Whether the state decays: by head, or by head and token.
-    decays: Option<bool>,
+    pub(crate) decays: Option<bool>,
     /// Whether a state comes in.
-    starts: bool,
+    pub(crate) starts: bool,
 }
 
-fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + use<> {
+pub(crate) fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + use<> {
+    linear_cases_of(profile, cases(profile))
+}
+
+/// Calls of linear attention on these problems.
+pub(crate) fn linear_cases_of<S: Strategy<Value = Case>>(
+    profile: &DeviceProfile,
+    cases: S,
+) -> impl Strategy<Value = LinearCase> + use<S> {
     // Shaders are compiled for seconds: few different ones.
     let shaders = profile.runtime.contains("wgpu");
     let chunks = prop_oneof![Just(None), Just(Some(1usize)), (2..40usize).prop_map(Some), Just(Some(64))];
@@ -107,7 +115,7 @@ fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + 
     let windows = prop_oneof![3 => 1..20usize, 1 => 20..100usize, 1 => Just(4096)];
     let decays = prop_oneof![2 => Just(None), 1 => any::<bool>().prop_map(Some)];
     let options = (windows, select(FeatureMap::ALL.to_vec()), chunks, decays, any::<bool>());
-    (cases(profile), options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
+    (cases, options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
         let (head_dim, value_dim) = if shaders { (32, 32) } else { (case.head_dim, case.value_dim) };
         // Without a softmax, large numbers leave what f16 holds.
         let magnitude = if map == FeatureMap::SoftmaxPair { case.magnitude } else { 1.0 };
@@ -126,18 +134,18 @@ fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + 
 }
 
 /// The numbers of a case.
-struct LinearData {
-    of: LinearCase,
-    data: Data,
+pub(crate) struct LinearData {
+    pub(crate) of: LinearCase,
+    pub(crate) data: Data,
     /// `[B, Hk, Tk, 1]`.
     log_decay: Option<Vec<f32>>,
     state: Option<Vec<f32>>,
     /// The gradient of the state that is left.
-    d_state: Vec<f32>,
+    pub(crate) d_state: Vec<f32>,
 }
 
 impl LinearData {
-    fn new(of: &LinearCase) -> Self {
+    pub(crate) fn new(of: &LinearCase) -> Self {
         let case = &of.case;
         let mut rng = SmallRng::seed_from_u64(case.seed ^ 0x11ea);
         let mut draw = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect() };
@@ -154,7 +162,7 @@ impl LinearData {
         Self { of: of.clone(), data: Data::new(case), log_decay, state, d_state }
     }
 
-    fn upload(&self, device: &Device, swapped: bool) -> Result<LinearOnDevice, String> {
+    pub(crate) fn upload(&self, device: &Device, swapped: bool) -> Result<LinearOnDevice, String> {
         let (client, case) = (&device.client, &self.of.case);
         let qkv = run(match swapped {
             true => self.data.upload_token_major(client, false),
@@ -179,7 +187,7 @@ impl LinearData {
     }
 
     /// Query, key and value for the oracle, and what it depends on besides.
-    fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
+    pub(crate) fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
         let case = &self.of.case;
         let data = &self.data;
         let q = array(data.query_shape(), &data.query);
@@ -197,22 +205,33 @@ impl LinearData {
         ([q, k, v], options)
     }
 
-    fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
+    pub(crate) fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
         let ([q, k, v], options) = self.oracle();
-        reference::linear_attention(&q, &k, &v, &options)
+        match &self.of.case.packed {
+            Some(Packed { queries, keys }) => {
+                reference::ragged_linear_attention(&q, &k, &v, (queries, keys), &options)
+            }
+            None => reference::linear_attention(&q, &k, &v, &options),
+        }
     }
 
-    fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
+    pub(crate) fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
         let ([q, k, v], options) = self.oracle();
         let d_out = array(self.of.case.problem().out_shape(), d_out);
         let d_state = array(self.of.state_shape(), &self.d_state);
-        let found = reference::linear_attention_backward(&q, &k, &v, &options, &d_out, &d_state);
+        let found = match &self.of.case.packed {
+            Some(Packed { queries, keys }) => {
+                let lengths: (&[usize], &[usize]) = (queries, keys);
+                reference::ragged_linear_attention_backward(&q, &k, &v, lengths, &options, &d_out, &d_state)
+            }
+            None => reference::linear_attention_backward(&q, &k, &v, &options, &d_out, &d_state),
+        };
         [found.query, found.key, found.value, found.state].map(Array::into_vec)
     }
 }
 
 impl LinearCase {
-    fn operator(&self) -> LinearAttention {
+    pub(crate) fn operator(&self) -> LinearAttention {
         let operator = LinearAttention::beyond(self.window).with_feature_map(self.map);
         match self.chunk {
             Some(keys) => operator.with_chunk(keys).expect("a length that is allowed"),
@@ -220,19 +239,22 @@ impl LinearCase {
         }
     }
 
-    fn state_shape(&self) -> [usize; 4] {
-        self.operator().state_shape(&self.case.problem())
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
+        let [batch, shape @ ..] = self.operator().state_shape(&self.case.problem());
+        let states = self.case.packed.as_ref().map_or(batch, |packed| packed.ranges().count());
+        let [kv_heads, features, value_dim] = shape;
+        [states, kv_heads, features, value_dim]
     }
 }
 
-struct LinearOnDevice {
-    qkv: OnDevice,
+pub(crate) struct LinearOnDevice {
+    pub(crate) qkv: OnDevice,
     log_decay: Option<Tensor<4>>,
     state: Option<State>,
 }
 
 impl LinearOnDevice {
-    fn inputs(&self) -> LinearInputs<'_> {
+    pub(crate) fn inputs(&self) -> LinearInputs<'_> {
         let mut inputs = LinearInputs::new(self.qkv.query.view(), self.qkv.key.view(), self.qkv.value.view());
         if let Some(log_decay) = &self.log_decay {
             inputs = inputs.with_log_decay(log_decay.view());
@@ -278,13 +300,13 @@ fn differentiate(
 
 /// What is right, and how far off a kernel may be: twice the error of the same oracle in f32, rounded to `element`, and a few
 /// roundings of the largest number.
-struct Bound {
+pub(crate) struct Bound {
     exact: Vec<f64>,
     tolerance: f64,
 }
 
 impl Bound {
-    fn new(exact: Vec<f64>, plain: &[f32], element: Element) -> Self {
+    pub(crate) fn new(exact: Vec<f64>, plain: &[f32], element: Element) -> Self {
         let largest = exact.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max);
         let measured = worst(&exact, plain.iter().map(|&x| round(element, x)));
         // Sums are cut in other places than the oracle's.
@@ -292,7 +314,7 @@ impl Bound {
         Self { exact, tolerance: 2.0 * measured + roundings * largest }
     }
 
-    fn accepts(&self, what: &str, found: &[f32]) -> Result<(), String> {
+    pub(crate) fn accepts(&self, what: &str, found: &[f32]) -> Result<(), String> {
         near(what, &self.exact, found, self.tolerance)
     }
 }
@@ -335,7 +357,7 @@ fn chunks_of_linear_attention_do_not_matter(device: &Device, effort: Effort) -> 
     })
 }
 
-const NAMES: [&str; 4] =
+pub(crate) const NAMES: [&str; 4] =
     ["gradient of the query", "gradient of the key", "gradient of the value", "gradient of the state"];
 
 /// Two kernels' answers to the same question.
@@ -504,14 +526,14 @@ fn two_linear_runs_agree_bit_for_bit(device: &Device, effort: Effort) -> Result<
 }
 
 /// Two branches' outputs and the scales of their norms.
-struct NormData {
+pub(crate) struct NormData {
     near: Vec<f32>,
     far: Vec<f32>,
     scales: [Vec<f32>; 2],
 }
 
 impl NormData {
-    fn scales(case: &Case) -> [Vec<f32>; 2] {
+    pub(crate) fn scales(case: &Case) -> [Vec<f32>; 2] {
         let mut rng = SmallRng::seed_from_u64(case.seed ^ 0x5ca1e);
         let mut draw = || (0..case.heads() * case.value_dim).map(|_| rng.random_range(0.5..1.5)).collect();
         [draw(), draw()]
@@ -521,7 +543,7 @@ impl NormData {
         array([case.heads(), case.value_dim], scale)
     }
 
-    fn upload_scale(device: &Device, case: &Case, scale: &[f32]) -> Result<Tensor<2>, String> {
+    pub(crate) fn upload_scale(device: &Device, case: &Case, scale: &[f32]) -> Result<Tensor<2>, String> {
         run(Tensor::from_f32(&device.client, [case.heads(), case.value_dim], Element::F32, scale))
     }
 
@@ -589,15 +611,17 @@ fn norm_sums_equal_the_oracle(device: &Device, effort: Effort) -> Result<(), Str
     })
 }
 
-/// RATTENTION by the oracle: its output, and the gradients of the near query and key, the values, the far query and key, and
-/// the scales. Branches are rounded as the facade keeps them.
-fn oracle_rattention<F: Float>(
+/// RATTENTION by the oracle, its far branch on the rows whose route is 1: its output, and the gradients of the near query and
+/// key, the values, the far query and key, the scales, and by the straight-through estimator the routes' scores. Branches
+/// are rounded as the facade keeps them.
+pub(crate) fn oracle_rattention<F: Float>(
     data: &LinearData,
     near: &Data,
+    routes: &Array<u8, 3>,
     scales: &[Vec<f32>; 2],
     d_out: &[f32],
     rounds: bool,
-) -> [Vec<F>; 8] {
+) -> [Vec<F>; 9] {
     let case = &data.of.case;
     let reach = Reach::Window(data.of.window);
     let mut partial: reference::Partial<F> = near.oracle(|weight| weight, |_, _, _| Some(reach));
@@ -610,15 +634,15 @@ fn oracle_rattention<F: Float>(
     let scales = [NormData::scale::<F>(case, &scales[0]), NormData::scale::<F>(case, &scales[1])];
     let epsilon = F::from(1e-8f32).expect("a float");
     let d_out: Array<F, 4> = array(case.problem().out_shape(), d_out);
-    let out = reference::norm_sum([&partial.out, &far], [&scales[0], &scales[1]], epsilon);
-    let (d_near, near_scale) = reference::norm_sum_backward(&partial.out, &scales[0], epsilon, &d_out);
-    let (d_far, far_scale) = reference::norm_sum_backward(&far, &scales[1], epsilon, &d_out);
+    let (branches, scales) = ([&partial.out, &far], [&scales[0], &scales[1]]);
+    let out = reference::aha_linear(branches, routes, scales, epsilon);
+    let found = reference::aha_linear_backward(branches, routes, scales, epsilon, &d_out);
     let as_f32 = |x: &Array<F, 4>| -> Vec<f32> {
         x.as_slice().iter().map(|x| x.to_f32().unwrap_or(f32::NAN)).collect()
     };
-    let near = near.oracle_backward(|weight| weight, &partial, &as_f32(&d_near), |_, _, _| Some(reach));
+    let near = near.oracle_backward(|weight| weight, &partial, &as_f32(&found.near), |_, _, _| Some(reach));
     let no_state = Array::filled(data.of.state_shape(), F::zero());
-    let far = reference::linear_attention_backward(&q, &k, &v, &options, &d_far, &no_state);
+    let far = reference::linear_attention_backward(&q, &k, &v, &options, &found.far, &no_state);
     let value =
         near.value.as_slice().iter().zip(far.value.as_slice()).map(|(&near, &far)| near + far).collect();
     [
@@ -628,8 +652,9 @@ fn oracle_rattention<F: Float>(
         value,
         far.query.into_vec(),
         far.key.into_vec(),
-        near_scale.into_vec(),
-        far_scale.into_vec(),
+        found.near_scale.into_vec(),
+        found.far_scale.into_vec(),
+        found.scores.into_vec(),
     ]
 }
 
@@ -673,9 +698,11 @@ fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), S
         ];
         let names =
             ["output", "near query", "near key", "value", "far query", "far key", "near scale", "far scale"];
-        let exact = oracle_rattention::<f64>(&data, &near, &scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(&data, &near, &scales, &d_out, true);
-        for (at, (exact, plain)) in exact.into_iter().zip(&plain).enumerate() {
+        let everywhere = Array::filled([case.batch, 1, case.query_len], 1);
+        let exact = oracle_rattention::<f64>(&data, &near, &everywhere, &scales, &d_out, false);
+        let plain = oracle_rattention::<f32>(&data, &near, &everywhere, &scales, &d_out, true);
+        // There is no gate here.
+        for (at, (exact, plain)) in exact.into_iter().zip(&plain).take(names.len()).enumerate() {
             let element = if at == 0 { case.out_element() } else { case.element };
             Bound::new(exact, plain, element).accepts(names[at], &found[at])?;
         }
