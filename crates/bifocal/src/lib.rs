@@ -77,7 +77,7 @@ pub use bifocal_linear::{
     LeavingKey, LinearAttention, LinearInputs, NormSum, NormSumGradients, State, norm_sum, norm_sum_backward,
 };
 pub use bifocal_router::{
-    Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
+    Basis, Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
     RandomRouter, Threshold,
 };
 pub use bifocal_windowed::Windowed;

@@ -68,7 +68,7 @@ pub use linear_attention::{
     LinearAttentionGradients, LinearOptions, LinearOutput, features, features_backward, linear_attention,
     linear_attention_backward,
 };
-pub use moments::{Covariance, Moments, Qada, QadaOutput, static_labels};
+pub use moments::{Covariance, Moments, Qada, QadaOutput, low_rank, static_labels};
 pub use norm::{rms_norm, rms_norm_backward};
 pub use norm_sum::{norm_sum, norm_sum_backward};
 pub use penalty::{cost_penalty, mean_penalty, penalty_ramp, squared_penalty};

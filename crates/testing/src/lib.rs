@@ -16,6 +16,7 @@ mod gradients;
 mod inputs;
 mod linear;
 mod linear_rows;
+mod low_rank;
 mod mixes;
 mod moments;
 mod packed;
@@ -110,7 +111,13 @@ impl Property {
 /// that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
-    let systems = [moments::PROPERTIES, mixes::PROPERTIES, variants::PROPERTIES, decode::PROPERTIES];
+    let systems = [
+        moments::PROPERTIES,
+        low_rank::PROPERTIES,
+        mixes::PROPERTIES,
+        variants::PROPERTIES,
+        decode::PROPERTIES,
+    ];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
     let last = [linear::PROPERTIES, linear_rows::PROPERTIES, tensor_cores::PROPERTIES];
     forward.into_iter().chain(systems).chain(backward).chain(last).flatten()

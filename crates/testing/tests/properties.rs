@@ -87,6 +87,7 @@ on_every_device! {
     a_nan_key_is_never_routed
     qada_equals_the_oracle
     tau_goes_from_near_to_full
+    low_rank_masses_equal_the_oracle
     soft_gates_equal_the_oracle
     static_heads_equal_the_oracle
     switches_equal_the_oracle
