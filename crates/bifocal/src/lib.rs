@@ -94,6 +94,11 @@ mod readme {}
 #[doc = include_str!("../../../docs/src/systems/qada.md")]
 mod qada_page {}
 
+/// The example on the page of mixes.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/variants.md")]
+mod variants_page {}
+
 /// The example on RATTENTION's page, compiled.
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/src/systems/rattention.md")]

@@ -133,7 +133,7 @@ fn quadratic<E: Float, R: Size>(
         }
     }
     if comptime![matches!(blueprint.covariance, Covariance::LowRank { .. })] {
-        for row in 1..numbers.scatter_rows as usize {
+        for row in 1usize..numbers.scatter_rows as usize {
             let mut along = Vector::<f32, R>::new(0.0f32);
             for d in 0..dim {
                 let q = channel::<E, R>(queries, query, d, numbers.scale, blueprint);
