@@ -150,8 +150,9 @@ fn full(moments: &HostMoments, [batch, kv_heads, head_dim]: [usize; 3]) -> Resul
 fn factor(covariance: &[f64], directions: &[f64], dim: usize) -> Vec<f64> {
     let rank = directions.len() / dim;
     let turned: Vec<f64> =
-        directions.chunks(dim).flat_map(|u| covariance.chunks(dim).map(|row| dot(u, row))).collect();
-    let projected = turned.chunks(dim).flat_map(|row| directions.chunks(dim).map(|u| dot(row, u))).collect();
+        directions.chunks(dim).flat_map(|u| covariance.chunks(dim).map(move |row| dot(u, row))).collect();
+    let projected =
+        turned.chunks(dim).flat_map(|row| directions.chunks(dim).map(move |u| dot(row, u))).collect();
     let (values, vectors) = eigen(projected, rank);
     let mut factor = vec![0.0; rank * dim];
     for ((into, vector), value) in factor.chunks_mut(dim).zip(vectors.chunks(rank)).zip(values) {
