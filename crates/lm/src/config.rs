@@ -53,6 +53,12 @@ pub enum AttentionKind {
         /// Keys that a query sees near: the paper's w and one more.
         window: usize,
     },
+    /// AHA over a linear far branch (the second question that arXiv 2512.22562 leaves open): a window, and linear attention to
+    /// what has left it where a gate says so.
+    AhaLinear {
+        /// Keys that a query sees near.
+        window: usize,
+    },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
     RandomGate {
         /// Keys that a query sees near.
@@ -84,6 +90,7 @@ impl AttentionKind {
             Self::L2aLocal { .. } => "l2a-local",
             Self::Qada { .. } => "qada",
             Self::Rattention { .. } => "rattention",
+            Self::AhaLinear { .. } => "aha-linear",
             Self::RandomGate { .. } => "random-gate",
             Self::Custom { .. } => "custom",
         }
@@ -99,6 +106,7 @@ impl AttentionKind {
             | Self::L2aLocal { window }
             | Self::Qada { window, .. }
             | Self::Rattention { window }
+            | Self::AhaLinear { window }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
@@ -112,7 +120,10 @@ impl AttentionKind {
         let near = |window: usize| window.min(all);
         Some(match self {
             Self::Full => all,
-            Self::Window { window } | Self::Rattention { window } => near(*window),
+            Self::Window { window }
+            | Self::L2aLocal { window }
+            | Self::Rattention { window }
+            | Self::AhaLinear { window } => near(*window),
             Self::Aha { window } | Self::RandomGate { window, .. } if route == 0 => near(*window),
             Self::Qada { window, sinks, .. } if route == 0 => near(window.saturating_add(*sinks as usize)),
             Self::Aha { .. } | Self::RandomGate { .. } | Self::Qada { .. } => all,
@@ -203,8 +214,12 @@ impl ModelConfig {
 
     /// Whether some layer has a gate with a threshold, which a [`Budget`] can move.
     pub(crate) fn has_threshold(&self) -> bool {
-        let gated =
-            |kind: &AttentionKind| matches!(kind, AttentionKind::Aha { .. } | AttentionKind::L2a { .. });
+        let gated = |kind: &AttentionKind| {
+            matches!(
+                kind,
+                AttentionKind::Aha { .. } | AttentionKind::AhaLinear { .. } | AttentionKind::L2a { .. }
+            )
+        };
         (0..self.layers).any(|layer| gated(self.attention_of(layer)))
     }
 }
@@ -434,7 +449,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 7;
+        config.model.layers = 8;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -443,6 +458,7 @@ mod tests {
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
             AttentionKind::L2aLocal { window: 5 },
+            AttentionKind::AhaLinear { window: 8 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

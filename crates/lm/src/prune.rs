@@ -127,7 +127,8 @@ impl Checkpoint {
 }
 
 impl AttentionKind {
-    /// What is left of the kind without its far branch; `None` for kinds without a learned router.
+    /// What is left of the kind without its far branch; `None` for kinds without a learned router, and where far is a state
+    /// whose size does not depend on the context.
     fn near(&self) -> Option<Self> {
         match self {
             Self::Aha { window } => Some(Self::Window { window: *window }),
@@ -139,12 +140,13 @@ impl AttentionKind {
     }
 
     /// Tokens whose keys and values a layer's caches hold in a sequence of `context` tokens, added up; a window needs no more
-    /// than its own. What has a size that does not depend on the context does not count, as the states of RATTENTION.
+    /// than its own. What has a size that does not depend on the context does not count, as the states of linear branches.
     pub fn cached_tokens(&self, context: usize) -> usize {
         match self {
-            Self::Window { window } | Self::L2aLocal { window } | Self::Rattention { window } => {
-                context.min(*window)
-            }
+            Self::Window { window }
+            | Self::L2aLocal { window }
+            | Self::Rattention { window }
+            | Self::AhaLinear { window } => context.min(*window),
             // Both sub-layers have keys and values of their own.
             Self::L2a { window } => context + context.min(*window),
             _ => context,

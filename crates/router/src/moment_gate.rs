@@ -53,7 +53,7 @@ impl MomentGate {
         Self { sinks, ..self }
     }
 
-    /// Sets how much of the covariance is looked at.
+    /// Sets how much of the covariance is looked at. A low rank asks for moments that are given.
     pub const fn with_covariance(self, covariance: Covariance) -> Self {
         Self { covariance, ..self }
     }
@@ -98,8 +98,8 @@ impl MomentGate {
     /// whatever keys they were taken from (a calibration, a cache that keeps them up to date), for all rows alike.
     ///
     /// # Errors
-    /// [`Error::Option`] with a softcap, under which scores are not normal, and with packed sequences; [`Error::Shape`] when
-    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
+    /// [`Error::Option`] with a softcap, under which scores are not normal, with packed sequences, and for a low rank without
+    /// moments; [`Error::Shape`] when given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
     /// dims that the portable routine does not take; [`Error::TooLarge`]; as [`Inputs::check`].
     pub fn predict(
         &self,
@@ -151,6 +151,7 @@ impl MomentGate {
             slots as u32,
             given_lists as u32,
             given_keys,
+            self.covariance.rows(head_dim) as u32,
             problem.scale,
             f32::NEG_INFINITY,
         );
@@ -304,7 +305,20 @@ impl MomentGate {
         let rows = self.covariance.rows(head_dim);
         let (mean, scatter) = (moments.mean.view(), moments.scatter.view());
         mean.check("the mean key", client, [of_batch, kv_heads, head_dim], Element::F32)?;
-        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)
+        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)?;
+        // As many rows may mean something else.
+        let low_rank = [self.covariance, moments.covariance()];
+        let low_rank =
+            low_rank.into_iter().any(|covariance| matches!(covariance, Covariance::LowRank { .. }));
+        if low_rank && moments.covariance() != self.covariance {
+            let found = format!("{:?}", moments.covariance());
+            return Err(Error::option(
+                "the covariance of given moments",
+                found,
+                format!("{:?}", self.covariance),
+            ));
+        }
+        Ok(())
     }
 }
 

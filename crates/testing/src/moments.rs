@@ -78,7 +78,7 @@ fn sinks() -> impl Strategy<Value = u32> {
 }
 
 /// Cases without what moments do not know: a softcap.
-fn uncapped(device: &Device) -> impl Strategy<Value = Case> + use<> {
+pub(crate) fn uncapped(device: &Device) -> impl Strategy<Value = Case> + use<> {
     cases(&device.profile).prop_map(|case| Case { softcap: false, magnitude: 1.0, ..case })
 }
 
@@ -131,7 +131,7 @@ impl KeyCase {
             let covariance = exact.covariance();
             match self.covariance {
                 Covariance::Full => covariances.extend_from_slice(covariance.as_slice()),
-                Covariance::Diagonal => covariances.extend((0..dim).map(|d| covariance[[d, d]])),
+                _ => covariances.extend((0..dim).map(|d| covariance[[d, d]])),
             }
         }
         // A rounding of the mean, and a few of numbers of about one.
@@ -194,7 +194,7 @@ pub(crate) fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
         tau: f64::from(tau),
         covariance: match gate.covariance() {
             Covariance::Full => reference::Covariance::Full,
-            Covariance::Diagonal => reference::Covariance::Diagonal,
+            _ => reference::Covariance::Diagonal,
         },
     }
 }

@@ -87,8 +87,11 @@ on_every_device! {
     a_nan_key_is_never_routed
     qada_equals_the_oracle
     tau_goes_from_near_to_full
+    low_rank_masses_equal_the_oracle
     soft_gates_equal_the_oracle
     static_heads_equal_the_oracle
+    switches_equal_the_oracle
+    gated_outputs_equal_the_oracle
     caches_equal_their_model
     decode_equals_the_oracle
     decode_is_the_end_of_prefill
@@ -117,6 +120,8 @@ on_every_device! {
     two_linear_runs_agree_bit_for_bit
     norm_sums_equal_the_oracle
     rattention_equals_the_oracle
+    routed_linear_rows_equal_the_oracle
+    aha_linear_equals_the_oracle
     warpgroup_products_are_plain_sums
     long_contexts_equal_all_rows
 }

@@ -1,9 +1,9 @@
 use bifocal::{RandomRouter, Reach, Window};
 use bifocal_burn::{
-    AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
-    CausalAttentionConfig, L2aAttention, L2aAttentionConfig, LayerCache, MultiWindowAttention,
-    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RattentionAttention,
-    RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
+    AhaAttention, AhaAttentionConfig, AhaLinearAttention, AhaLinearAttentionConfig, AttentionOptions,
+    AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention, L2aAttentionConfig, LayerCache,
+    MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig,
+    RattentionAttention, RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
 };
 use burn::{
     module::Module,
@@ -31,6 +31,8 @@ pub enum Attention {
     Qada(QadaAttention),
     /// A window, and linear attention to what has left it.
     Rattention(RattentionAttention),
+    /// A window, and linear attention to what has left it for some, by a learned gate.
+    AhaLinear(AhaLinearAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
     /// From outside this crate.
@@ -39,7 +41,7 @@ pub enum Attention {
 
 impl Attention {
     /// The projections and positions that queries, keys and values of all its branches share. L2A, whose sub-layers each have
-    /// their own, and RATTENTION, whose far branch knows no positions, have none.
+    /// their own, and those whose far branch is linear and knows no positions have none.
     pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
         Some(match self {
             Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
@@ -48,14 +50,14 @@ impl Attention {
             Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
             Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
             Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
-            Self::L2a(_) | Self::Rattention(_) => return None,
+            Self::L2a(_) | Self::Rattention(_) | Self::AhaLinear(_) => return None,
         })
     }
 
     /// An empty cache of `capacity` tokens for each of `batch` sequences.
     ///
     /// # Errors
-    /// [`Error::Setting`] for attention from outside this crate, which has no cache; [`Error::Attention`].
+    /// [`Error::Setting`] for attention from outside this crate and AHA over a linear branch, which have no cache; [`Error::Attention`].
     pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
         Ok(match self {
             Self::Causal(causal) => causal.cache(batch, capacity)?,
@@ -65,6 +67,7 @@ impl Attention {
             Self::Qada(qada) => qada.cache(batch, capacity)?,
             Self::Rattention(rattention) => rattention.cache(batch, capacity)?,
             Self::RandomGate(gate) => gate.cache(batch, capacity)?,
+            Self::AhaLinear(_) => return Err(uncached("aha-linear")),
             Self::Custom(_) => return Err(uncached("custom")),
         })
     }
@@ -74,6 +77,7 @@ impl Attention {
         match self {
             Self::L2a(l2a) => l2a.rope.as_ref(),
             Self::Rattention(rattention) => rattention.rope.as_ref(),
+            Self::AhaLinear(aha) => aha.rope.as_ref(),
             other => other.projections()?.1,
         }
     }
@@ -115,6 +119,13 @@ impl Attention {
             AttentionKind::Rattention { window } => {
                 let config = RattentionAttentionConfig::new(d_model, heads, *window);
                 Self::Rattention(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::AhaLinear { window } => {
+                let config = AhaLinearAttentionConfig::new(d_model, heads, *window)
+                    .with_n_kv_heads(kv_heads)
+                    .with_rope(rope)
+                    .with_router_bias_init(router_bias);
+                Self::AhaLinear(config.init(device)?)
             }
             AttentionKind::Qada { window, tau, sinks } => {
                 let config =

@@ -186,6 +186,7 @@ impl Decoder {
         match &mut self.layers[layer].attention {
             Attention::Aha(aha) => aha.threshold = threshold as f32,
             Attention::L2a(l2a) => l2a.threshold = threshold as f32,
+            Attention::AhaLinear(aha) => aha.threshold = threshold as f32,
             _ => {}
         }
     }
@@ -229,6 +230,7 @@ impl Layer {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
             Attention::Rattention(rattention) => (rattention.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
+            Attention::AhaLinear(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
             Attention::Qada(qada) => split(qada.forward(normed)?),
             Attention::Custom(custom) => custom.forward(normed)?,
@@ -264,6 +266,7 @@ impl Layer {
             Attention::RandomGate(gate) => {
                 split(gate.forward_cached(normed, gate_seed(pass, index), cache)?)
             }
+            Attention::AhaLinear(_) => return Err(attention::uncached("aha-linear")),
             Attention::Custom(_) => return Err(attention::uncached("custom")),
             // Residuals are inside.
             Attention::L2a(l2a) => return Ok(split(l2a.forward_cached(normed, cache)?)),

@@ -54,6 +54,8 @@ pub(super) struct Numbers {
     /// Lists that moments are given for, and their number of keys.
     pub(super) given_lists: u32,
     pub(super) given_keys: f32,
+    /// Rows of a scatter.
+    pub(super) scatter_rows: u32,
     pub(super) scale: f32,
     pub(super) neg_inf: f32,
 }
@@ -97,7 +99,8 @@ fn gather<E: Float, R: Size>(
     values * Vector::new(scale)
 }
 
-/// `q^T S q` of every row, with the scatter S that begins at `scatter`: all of it, or its diagonal.
+/// `q^T S q` of every row, with the scatter S that begins at `scatter`: all of it, its diagonal, or that of what a low rank
+/// leaves and then the rows that are its factor.
 #[cube]
 fn quadratic<E: Float, R: Size>(
     queries: &Queries<R>,
@@ -137,6 +140,16 @@ fn quadratic<E: Float, R: Size>(
         for d in 0..dim {
             let q = channel::<E, R>(queries, query, d, numbers.scale, blueprint);
             total = fma(q * q, Vector::new(scatters[scatter + d]), total);
+        }
+    }
+    if comptime![matches!(blueprint.covariance, Covariance::LowRank { .. })] {
+        for row in 1usize..numbers.scatter_rows as usize {
+            let mut along = Vector::<f32, R>::new(0.0f32);
+            for d in 0..dim {
+                let q = channel::<E, R>(queries, query, d, numbers.scale, blueprint);
+                along = fma(q, Vector::new(scatters[scatter + row * dim + d]), along);
+            }
+            total = fma(along, along, total);
         }
     }
     total

@@ -46,7 +46,7 @@ pub(super) fn chunks_of_linear_attention_do_not_matter(
     })
 }
 
-const NAMES: [&str; 4] =
+pub(crate) const NAMES: [&str; 4] =
     ["gradient of the query", "gradient of the key", "gradient of the value", "gradient of the state"];
 
 pub(super) fn a_state_carries_over(device: &Device, effort: Effort) -> Result<(), String> {

@@ -11,25 +11,33 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 
 use crate::{
     Device,
-    case::{Case, cases},
+    case::{Case, Packed, cases},
     compare::{near, run, worst},
     inputs::{Data, OnDevice, array, round},
 };
 
 /// A call of linear attention.
 #[derive(Clone, Debug)]
-pub(super) struct LinearCase {
-    pub(super) case: Case,
-    pub(super) window: Window,
-    pub(super) map: FeatureMap,
-    pub(super) chunk: Option<usize>,
+pub(crate) struct LinearCase {
+    pub(crate) case: Case,
+    pub(crate) window: Window,
+    pub(crate) map: FeatureMap,
+    pub(crate) chunk: Option<usize>,
     /// Whether the state decays: by head, or by head and token.
-    pub(super) decays: Option<bool>,
+    pub(crate) decays: Option<bool>,
     /// Whether a state comes in.
-    pub(super) starts: bool,
+    pub(crate) starts: bool,
 }
 
-pub(super) fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + use<> {
+pub(crate) fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + use<> {
+    linear_cases_of(profile, cases(profile))
+}
+
+/// Calls of linear attention on these problems.
+pub(crate) fn linear_cases_of<S: Strategy<Value = Case>>(
+    profile: &DeviceProfile,
+    cases: S,
+) -> impl Strategy<Value = LinearCase> + use<S> {
     // Shaders are compiled for seconds: few different ones.
     let shaders = profile.runtime.contains("wgpu");
     let chunks = prop_oneof![Just(None), Just(Some(1usize)), (2..40usize).prop_map(Some), Just(Some(64))];
@@ -37,7 +45,7 @@ pub(super) fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = Lin
     let windows = prop_oneof![3 => 1..20usize, 1 => 20..100usize, 1 => Just(4096)];
     let decays = prop_oneof![2 => Just(None), 1 => any::<bool>().prop_map(Some)];
     let options = (windows, select(FeatureMap::ALL.to_vec()), chunks, decays, any::<bool>());
-    (cases(profile), options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
+    (cases, options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
         let (head_dim, value_dim) = if shaders { (32, 32) } else { (case.head_dim, case.value_dim) };
         // Without a softmax, large numbers leave what f16 holds.
         let magnitude = if map == FeatureMap::SoftmaxPair { case.magnitude } else { 1.0 };
@@ -56,18 +64,18 @@ pub(super) fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = Lin
 }
 
 /// The numbers of a case.
-pub(super) struct LinearData {
-    pub(super) of: LinearCase,
-    pub(super) data: Data,
+pub(crate) struct LinearData {
+    pub(crate) of: LinearCase,
+    pub(crate) data: Data,
     /// `[B, Hk, Tk, 1]`.
-    pub(super) log_decay: Option<Vec<f32>>,
-    pub(super) state: Option<Vec<f32>>,
+    pub(crate) log_decay: Option<Vec<f32>>,
+    pub(crate) state: Option<Vec<f32>>,
     /// The gradient of the state that is left.
-    pub(super) d_state: Vec<f32>,
+    pub(crate) d_state: Vec<f32>,
 }
 
 impl LinearData {
-    pub(super) fn new(of: &LinearCase) -> Self {
+    pub(crate) fn new(of: &LinearCase) -> Self {
         let case = &of.case;
         let mut rng = SmallRng::seed_from_u64(case.seed ^ 0x11ea);
         let mut draw = |n: usize| -> Vec<f32> { (0..n).map(|_| rng.random_range(-1.0f32..1.0)).collect() };
@@ -84,7 +92,7 @@ impl LinearData {
         Self { of: of.clone(), data: Data::new(case), log_decay, state, d_state }
     }
 
-    pub(super) fn upload(&self, device: &Device, swapped: bool) -> Result<LinearOnDevice, String> {
+    pub(crate) fn upload(&self, device: &Device, swapped: bool) -> Result<LinearOnDevice, String> {
         let (client, case) = (&device.client, &self.of.case);
         let qkv = run(match swapped {
             true => self.data.upload_token_major(client, false),
@@ -109,7 +117,7 @@ impl LinearData {
     }
 
     /// Query, key and value for the oracle, and what it depends on besides.
-    pub(super) fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
+    pub(crate) fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
         let case = &self.of.case;
         let data = &self.data;
         let q = array(data.query_shape(), &data.query);
@@ -127,22 +135,33 @@ impl LinearData {
         ([q, k, v], options)
     }
 
-    pub(super) fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
+    pub(crate) fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
         let ([q, k, v], options) = self.oracle();
-        reference::linear_attention(&q, &k, &v, &options)
+        match &self.of.case.packed {
+            Some(Packed { queries, keys }) => {
+                reference::ragged_linear_attention(&q, &k, &v, (queries, keys), &options)
+            }
+            None => reference::linear_attention(&q, &k, &v, &options),
+        }
     }
 
-    pub(super) fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
+    pub(crate) fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
         let ([q, k, v], options) = self.oracle();
         let d_out = array(self.of.case.problem().out_shape(), d_out);
         let d_state = array(self.of.state_shape(), &self.d_state);
-        let found = reference::linear_attention_backward(&q, &k, &v, &options, &d_out, &d_state);
+        let found = match &self.of.case.packed {
+            Some(Packed { queries, keys }) => {
+                let lengths: (&[usize], &[usize]) = (queries, keys);
+                reference::ragged_linear_attention_backward(&q, &k, &v, lengths, &options, &d_out, &d_state)
+            }
+            None => reference::linear_attention_backward(&q, &k, &v, &options, &d_out, &d_state),
+        };
         [found.query, found.key, found.value, found.state].map(Array::into_vec)
     }
 }
 
 impl LinearCase {
-    pub(super) fn operator(&self) -> LinearAttention {
+    pub(crate) fn operator(&self) -> LinearAttention {
         let operator = LinearAttention::beyond(self.window).with_feature_map(self.map);
         match self.chunk {
             Some(keys) => operator.with_chunk(keys).expect("a length that is allowed"),
@@ -150,19 +169,22 @@ impl LinearCase {
         }
     }
 
-    pub(super) fn state_shape(&self) -> [usize; 4] {
-        self.operator().state_shape(&self.case.problem())
+    pub(crate) fn state_shape(&self) -> [usize; 4] {
+        let [batch, shape @ ..] = self.operator().state_shape(&self.case.problem());
+        let states = self.case.packed.as_ref().map_or(batch, |packed| packed.ranges().count());
+        let [kv_heads, features, value_dim] = shape;
+        [states, kv_heads, features, value_dim]
     }
 }
 
-pub(super) struct LinearOnDevice {
-    pub(super) qkv: OnDevice,
-    pub(super) log_decay: Option<Tensor<4>>,
-    pub(super) state: Option<State>,
+pub(crate) struct LinearOnDevice {
+    pub(crate) qkv: OnDevice,
+    pub(crate) log_decay: Option<Tensor<4>>,
+    pub(crate) state: Option<State>,
 }
 
 impl LinearOnDevice {
-    pub(super) fn inputs(&self) -> LinearInputs<'_> {
+    pub(crate) fn inputs(&self) -> LinearInputs<'_> {
         let mut inputs = LinearInputs::new(self.qkv.query.view(), self.qkv.key.view(), self.qkv.value.view());
         if let Some(log_decay) = &self.log_decay {
             inputs = inputs.with_log_decay(log_decay.view());
@@ -175,7 +197,7 @@ impl LinearOnDevice {
 }
 
 /// Output and state of one call, read back; the output was poisoned.
-pub(super) fn attend(device: &Device, of: &LinearCase, on: &LinearOnDevice) -> Result<[Vec<f32>; 2], String> {
+pub(crate) fn attend(device: &Device, of: &LinearCase, on: &LinearOnDevice) -> Result<[Vec<f32>; 2], String> {
     let (client, problem) = (&device.client, of.case.problem());
     let out = run(Tensor::filled(client, problem.out_shape(), of.case.out_element(), f32::NAN))?;
     let state = run(of.operator().attend(client, &problem, &on.inputs(), &out))?;
@@ -183,7 +205,7 @@ pub(super) fn attend(device: &Device, of: &LinearCase, on: &LinearOnDevice) -> R
 }
 
 /// The gradients of query, key and value, to which `times` calls have added, and of the state that came in.
-pub(super) fn differentiate(
+pub(crate) fn differentiate(
     device: &Device,
     data: &LinearData,
     on: &LinearOnDevice,
@@ -232,19 +254,19 @@ fn own_rounding(element: Element) -> f64 {
 }
 
 /// Two kernels' answers to the same question.
-pub(super) fn agree(what: &str, a: &[f32], b: &[f32], element: Element) -> Result<(), String> {
+pub(crate) fn agree(what: &str, a: &[f32], b: &[f32], element: Element) -> Result<(), String> {
     let wide: Vec<f64> = a.iter().map(|&x| f64::from(x)).collect();
     let largest = wide.iter().map(|x| x.abs()).filter(|x| x.is_finite()).fold(0.0, f64::max);
     near(what, &wide, b, (256.0 * Element::F32.epsilon() + own_rounding(element)) * largest)
 }
 
 /// Tokens `from..to` of `[lists, tokens, dim]`.
-pub(super) fn cut(values: &[f32], tokens: usize, from: usize, to: usize, dim: usize) -> Vec<f32> {
+pub(crate) fn cut(values: &[f32], tokens: usize, from: usize, to: usize, dim: usize) -> Vec<f32> {
     values.chunks(tokens * dim).flat_map(|list| &list[from * dim..to * dim]).copied().collect()
 }
 
 /// A part of a self-attention case, from a state: its queries `from..to` and keys `first_key..to`.
-pub(super) fn part(
+pub(crate) fn part(
     data: &LinearData,
     state: Option<Vec<f32>>,
     (from, first_key, to): (usize, usize, usize),
@@ -266,12 +288,12 @@ pub(super) fn part(
 }
 
 /// Self-attention of at least two tokens.
-pub(super) fn self_attention(of: LinearCase) -> LinearCase {
+pub(crate) fn self_attention(of: LinearCase) -> LinearCase {
     let length = of.case.query_len.max(2);
     LinearCase { case: Case { query_len: length, key_len: length, ..of.case }, ..of }
 }
 
-pub(super) fn leaving(on: &LinearOnDevice) -> LeavingKey<'_> {
+pub(crate) fn leaving(on: &LinearOnDevice) -> LeavingKey<'_> {
     LeavingKey {
         key: on.qkv.key.view(),
         value: on.qkv.value.view(),

@@ -5,7 +5,12 @@ mod case;
 mod norm_sum;
 mod rattention;
 
-pub(crate) use self::{case::Bound, norm_sum::NormData};
+pub(crate) use self::{
+    attention::NAMES,
+    case::{Bound, LinearCase, LinearData, linear_cases, linear_cases_of},
+    norm_sum::NormData,
+    rattention::oracle_rattention,
+};
 use crate::{Property, everywhere};
 
 pub(crate) const PROPERTIES: &[Property] = &[

@@ -17,15 +17,17 @@ use crate::{
     refute,
 };
 
-/// RATTENTION by the oracle: its output, and the gradients of the near query and key, the values, the far query and key, and
-/// the scales. Branches are rounded as the facade keeps them.
-fn oracle_rattention<F: Float>(
+/// RATTENTION by the oracle, its far branch on the rows whose route is 1: its output, and the gradients of the near query and
+/// key, the values, the far query and key, the scales, and by the straight-through estimator the routes' scores. Branches
+/// are rounded as the facade keeps them.
+pub(crate) fn oracle_rattention<F: Float>(
     data: &LinearData,
     near: &Data,
+    routes: &Array<u8, 3>,
     scales: &[Vec<f32>; 2],
     d_out: &[f32],
     rounds: bool,
-) -> [Vec<F>; 8] {
+) -> [Vec<F>; 9] {
     let case = &data.of.case;
     let reach = Reach::Window(data.of.window);
     let mut partial: reference::Partial<F> = near.oracle(|weight| weight, |_, _, _| Some(reach));
@@ -38,15 +40,15 @@ fn oracle_rattention<F: Float>(
     let scales = [NormData::scale::<F>(case, &scales[0]), NormData::scale::<F>(case, &scales[1])];
     let epsilon = F::from(1e-8f32).expect("a float");
     let d_out: Array<F, 4> = array(case.problem().out_shape(), d_out);
-    let out = reference::norm_sum([&partial.out, &far], [&scales[0], &scales[1]], epsilon);
-    let (d_near, near_scale) = reference::norm_sum_backward(&partial.out, &scales[0], epsilon, &d_out);
-    let (d_far, far_scale) = reference::norm_sum_backward(&far, &scales[1], epsilon, &d_out);
+    let (branches, scales) = ([&partial.out, &far], [&scales[0], &scales[1]]);
+    let out = reference::aha_linear(branches, routes, scales, epsilon);
+    let found = reference::aha_linear_backward(branches, routes, scales, epsilon, &d_out);
     let as_f32 = |x: &Array<F, 4>| -> Vec<f32> {
         x.as_slice().iter().map(|x| x.to_f32().unwrap_or(f32::NAN)).collect()
     };
-    let near = near.oracle_backward(|weight| weight, &partial, &as_f32(&d_near), |_, _, _| Some(reach));
+    let near = near.oracle_backward(|weight| weight, &partial, &as_f32(&found.near), |_, _, _| Some(reach));
     let no_state = Array::filled(data.of.state_shape(), F::zero());
-    let far = reference::linear_attention_backward(&q, &k, &v, &options, &d_far, &no_state);
+    let far = reference::linear_attention_backward(&q, &k, &v, &options, &found.far, &no_state);
     let value =
         near.value.as_slice().iter().zip(far.value.as_slice()).map(|(&near, &far)| near + far).collect();
     [
@@ -56,8 +58,9 @@ fn oracle_rattention<F: Float>(
         value,
         far.query.into_vec(),
         far.key.into_vec(),
-        near_scale.into_vec(),
-        far_scale.into_vec(),
+        found.near_scale.into_vec(),
+        found.far_scale.into_vec(),
+        found.scores.into_vec(),
     ]
 }
 
@@ -101,9 +104,11 @@ pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> R
         ];
         let names =
             ["output", "near query", "near key", "value", "far query", "far key", "near scale", "far scale"];
-        let exact = oracle_rattention::<f64>(&data, &near, &scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(&data, &near, &scales, &d_out, true);
-        for (at, (exact, plain)) in exact.into_iter().zip(&plain).enumerate() {
+        let everywhere = Array::filled([case.batch, 1, case.query_len], 1);
+        let exact = oracle_rattention::<f64>(&data, &near, &everywhere, &scales, &d_out, false);
+        let plain = oracle_rattention::<f32>(&data, &near, &everywhere, &scales, &d_out, true);
+        // There is no gate here.
+        for (at, (exact, plain)) in exact.into_iter().zip(&plain).take(names.len()).enumerate() {
             let element = if at == 0 { case.out_element() } else { case.element };
             Bound::new(exact, plain, element).accepts(names[at], &found[at])?;
         }

@@ -3,11 +3,11 @@
 mod decode;
 
 use bifocal::{
-    Aha, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full, Gradients,
-    HostMoments, Inputs, L2a, LinearAttention, LinearChoice, LinearGate, LinearInputs, Logo, MomentGate,
-    Moments, MultiWindow, NormSum, Partial, Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes,
-    Routine, Rows, Saved, Sequences, State, Tensor, Threshold, Window, Windowed, add_to_scores,
-    choice_gradient, cubecl::client::Client, gate_gradient,
+    Aha, AhaLinear, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full,
+    Gradients, HostMoments, Inputs, L2a, LinearAttention, LinearChoice, LinearGate, LinearInputs, Logo,
+    MomentGate, Moments, MultiWindow, NormSum, Partial, Plan, Problem, RattentionInputs, Reach, Refusal,
+    RouteGeometry, Router, Routes, Routine, Rows, Saved, Sequences, State, Switch, Tensor, Threshold, Window,
+    Windowed, add_to_scores, choice_gradient, cubecl::client::Client, gate_gradient,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -551,11 +551,22 @@ fn linear_attention_of_what_it_cannot_do() {
     with_sinks.attention = inputs.attention.with_sink_logits(sinks.view());
     let error = linear().attend(&client, &problem, &with_sinks, &out).expect_err("sink logits");
     assert!(matches!(error, Error::Option { option: "sink logits of linear attention", .. }), "{error}");
-    let sequences = Sequences::from_host(&client, &[0, 8], &[0, 8]).expect("possible lengths");
+    let sequences = Sequences::from_host(&client, &[0, 7], &[0, 8]).expect("possible lengths");
     let mut packed = inputs;
     packed.attention = inputs.attention.with_sequences(&sequences);
-    let error = linear().attend(&client, &problem, &packed, &out).expect_err("packed sequences");
-    assert!(matches!(error, Error::Option { .. }), "{error}");
+    let error = linear().attend(&client, &problem, &packed, &out).expect_err("seven of eight queries");
+    assert!(matches!(error, Error::Shape { tensor: "the packed sequences", .. }), "{error}");
+    let sequences = Sequences::from_host(&client, &[0, 3, 8], &[0, 3, 8]).expect("possible lengths");
+    packed.attention = inputs.attention.with_sequences(&sequences);
+    let state = State::zeros(&client, linear().state_shape(&problem)).expect("room");
+    let error =
+        linear().attend(&client, &problem, &packed.with_state(&state), &out).expect_err("one state for two");
+    assert!(matches!(error, Error::Shape { tensor: "the state", .. }), "{error}");
+    let other = Problem::new([1, 2, 4, 32], [1, 2, 4, 32], Element::F32).expect("a possible problem");
+    let plan = bifocal::plan(&client, &other, &far_routes(&client, [1, 2, 4], 2)).expect("a plan");
+    let planned = inputs.with_rows(plan.far_rows().expect("two reaches"));
+    let error = linear().attend(&client, &problem, &planned, &out).expect_err("a plan of four tokens");
+    assert!(matches!(error, Error::Shape { tensor: "the dispatch plan", .. }), "{error}");
     let state = State::zeros(&client, linear().state_shape(&problem)).expect("room");
     let error = linear().step(&client, &problem, qkv.view(), None, &state, &out).expect_err("eight queries");
     assert!(matches!(error, Error::Option { option: "the query length of a step", .. }), "{error}");
@@ -599,5 +610,38 @@ fn norms_without_room_or_scale() {
     assert!(matches!(error, Err(Error::Shape { tensor: "the far scale", .. })), "{error:?}");
     let broadcast = Tensor::new(out.into_handle(), Element::F32, [1, 2, 8, 32], [512, 256, 0, 1]);
     let error = bifocal::norm_sum(&client, &problem, &inputs, &broadcast);
+    assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
+}
+
+/// Routes `[B, R, T]` that are all far.
+fn far_routes(client: &Client, [batch, heads, tokens]: [usize; 3], reaches: usize) -> Routes {
+    let geometry = RouteGeometry::new(batch, heads, tokens, reaches).expect("possible routes");
+    let far = vec![reaches as u8 - 1; geometry.len()];
+    Routes::from_host(client, geometry, &far).expect("room for routes")
+}
+
+#[test]
+fn mixes_of_what_does_not_fit() {
+    let client = cpu();
+    let qkv = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(qkv.view(), qkv.view(), qkv.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let window = Window::new(2).expect("a window");
+    let error = Switch::new(window).attend(&client, &problem, &inputs, &far_routes(&client, [1, 2, 8], 2));
+    assert!(matches!(error, Err(Error::Option { option: "router heads of a switch", .. })), "{error:?}");
+
+    let scale = Tensor::filled(&client, [2, 32], Element::F32, 1.0).expect("room");
+    let far = LinearInputs::new(qkv.view(), qkv.view(), qkv.view());
+    let both = RattentionInputs { near: inputs, far, near_scale: scale.view(), far_scale: scale.view() };
+    let three = bifocal::plan(&client, &problem, &far_routes(&client, [1, 2, 8], 3)).expect("a plan");
+    let out = tensor(&client, [1, 2, 8, 32]);
+    let error = AhaLinear::new(window).attend(&client, &problem, &both, &three, &out);
+    assert!(matches!(error, Err(Error::Option { option: "reaches of the routes", .. })), "{error:?}");
+
+    let logits = tensor(&client, [1, 2, 8, 2]);
+    let error = bifocal::gate_outputs(&client, &problem, logits.view(), qkv.view(), &out);
+    assert!(matches!(error, Err(Error::Shape { tensor: "the logits of output gates", .. })), "{error:?}");
+    let broadcast = Tensor::new(out.into_handle(), Element::F32, [1, 2, 8, 32], [512, 256, 0, 1]);
+    let error = bifocal::gate_outputs(&client, &problem, qkv.view(), qkv.view(), &broadcast);
     assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
 }
