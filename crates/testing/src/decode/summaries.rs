@@ -66,21 +66,26 @@ impl<S: Summary> Soak<S> {
         Ok(Self { cache, model, summed, plain, live, case: case.clone(), layout, ring, slack })
     }
 
-    /// All operations, with `check` of some sequences now and then and of all that have tokens in the end.
+    /// All operations, with `check` of steps of so many queries over some sequences now and then, and over all that have tokens
+    /// in the end, before and after they are saved and restored. One query always finds its keys.
     fn run(
         mut self,
         client: &Client,
         operations: &[Operation],
-        check: impl Fn(&Self, &[Live]) -> Result<(), String>,
+        query_len: usize,
+        check: impl Fn(&Self, &[Live], usize) -> Result<(), String>,
     ) -> Result<(), String> {
         for (number, operation) in operations.iter().enumerate() {
             let seed = self.case.seed ^ number as u64;
-            self.apply(client, operation, seed, &check).map_err(|error| format!("{operation:?}: {error}"))?;
+            let check = |soak: &Self, live: Live| check(soak, &[live], query_len);
+            self.apply(client, operation, seed, check).map_err(|error| format!("{operation:?}: {error}"))?;
         }
         let filled: Vec<Live> =
             self.live.iter().copied().filter(|live| self.model.length(live.of_model) > 0).collect();
         if !filled.is_empty() {
-            check(&self, &filled)?;
+            check(&self, &filled, 1)?;
+            let restored = self.restore_all(client, &filled)?;
+            check(&self, &restored, 1).map_err(|reason| format!("restored: {reason}"))?;
         }
         for live in std::mem::take(&mut self.live) {
             run(self.cache.free(live.sequence))?;
@@ -96,7 +101,7 @@ impl<S: Summary> Soak<S> {
         client: &Client,
         operation: &Operation,
         seed: u64,
-        check: impl Fn(&Self, &[Live]) -> Result<(), String>,
+        check: impl Fn(&Self, Live) -> Result<(), String>,
     ) -> Result<(), String> {
         let full = self.live.len() == self.layout.sequences();
         let expect_full = |error: Error| if full { Ok(()) } else { Err(error.to_string()) };
@@ -148,11 +153,25 @@ impl<S: Summary> Soak<S> {
             Operation::Read(at) => {
                 let live = *at.get(&self.live);
                 if self.model.length(live.of_model) > 0 {
-                    check(self, &[live])?;
+                    check(self, live)?;
                 }
             }
         }
         Ok(())
+    }
+
+    /// Every one of these sequences saved, freed and restored.
+    fn restore_all(&mut self, client: &Client, filled: &[Live]) -> Result<Vec<Live>, String> {
+        let restore = |live: &Live| -> bifocal::Result<Live> {
+            let snapshot = self.cache.save(client, live.sequence)?.to_bytes();
+            self.cache.free(live.sequence)?;
+            let sequence = self.cache.restore(client, &SummarySnapshot::from_bytes(&snapshot)?)?;
+            Ok(Live { sequence, ..*live })
+        };
+        let restored = run(filled.iter().map(restore).collect::<bifocal::Result<Vec<Live>>>())?;
+        self.live.retain(|live| filled.iter().all(|gone| gone.sequence != live.sequence));
+        self.live.extend(&restored);
+        Ok(restored)
     }
 
     /// Appends tokens of their own to several sequences.
@@ -220,7 +239,11 @@ impl<S: Summary> Soak<S> {
                 self.model.truncate(live.of_model, length);
                 self.summed.truncate(live.of_model, length);
                 live.most = if length == 0 { 0 } else { live.most };
-                Ok(())
+                let live = *live;
+                match self.is_summed_up(&[live], 1)? {
+                    true => Err("what the next query sees is summed up".into()),
+                    false => Ok(()),
+                }
             }
         }
     }
@@ -294,7 +317,7 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
         })?;
         let cache = run(LinearCache::new(client, system.far(), shape_of(&case), layout, slack))?;
         let soak = Soak::new(client, (cache, plain), &case, (ring, slack))?;
-        soak.run(client, &operations, |soak, live| {
+        soak.run(client, &operations, query_len, |soak, live, query_len| {
             let (batch, problem) = run(problem_of(client, soak, live, query_len))?;
             let decoder = run(RattentionDecoder::new(client, system, &problem))?;
             let queries = [1u64, 2].map(|salt| soak.queries(live.len(), query_len, salt));
@@ -375,7 +398,7 @@ pub(super) fn moments_follow_their_cache(device: &Device, effort: Effort) -> Res
         let layout = run(Layout::paged(SEQUENCES, 300, page_size, pages))?;
         let cache = run(MomentCache::new(client, gate, shape_of(&case), layout, slack))?;
         let soak = Soak::new(client, (cache, false), &case, (false, slack))?;
-        soak.run(client, &operations, |soak, live| {
+        soak.run(client, &operations, query_len, |soak, live, query_len| {
             let (batch, problem) = run(problem_of(client, soak, live, query_len))?;
             let decoder = run(QadaDecoder::new(client, Qada::new(gate), &problem))?;
             let query = soak.queries(live.len(), query_len, 3);
