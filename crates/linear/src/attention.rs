@@ -317,7 +317,7 @@ impl Summary for LinearAttention {
         let end = Tensor::empty(client, state_shape, Element::F32);
         Call::new(client, &problem, &inputs, geometry, self.map, &norms).states(&end);
         let numbers = kv_heads * features * value_dim;
-        Ok(vec![end.reinterpret([numbers], [1])])
+        Ok(vec![Tensor::new(end.into_handle(), Element::F32, [numbers], [1])])
     }
 }
 

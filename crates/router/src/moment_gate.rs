@@ -213,6 +213,7 @@ impl MomentGate {
             1,
             1,
             1.0,
+            self.covariance.rows(head_dim) as u32,
             problem.scale,
             f32::NEG_INFINITY,
         );
@@ -329,6 +330,7 @@ impl Summary for MomentGate {
 
     /// Two parts: the mean key, and the scatter about it.
     fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
+        self.covariance.check_sums()?;
         supports(problem, &DeviceProfile::of(client))?;
         Ok(self.part_lengths(problem.kv_heads, problem.head_dim).to_vec())
     }

@@ -33,6 +33,7 @@ impl QadaCache {
         let rows = match gate.covariance() {
             Covariance::Full => shape.head_dim,
             Covariance::Diagonal => 1,
+            Covariance::LowRank { rank } => rank + 1,
         };
         Ok(Self {
             store: Store::new(place, shape, Layout::contiguous(batch, capacity)?)?,

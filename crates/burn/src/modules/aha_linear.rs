@@ -117,12 +117,12 @@ impl AhaLinearAttention {
     /// As [`forward`](Self::forward).
     pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
+        self.projections.check(0, &hidden, rope)?;
         let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
         let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
         let routing = linear_gate(hidden.clone(), weight, bias, gate)?;
         let [query, key, value] = self.projections.split(hidden);
-        let near = self.projections.position([query.clone(), key.clone()], rope);
+        let near = self.projections.position(0, [query.clone(), key.clone()], rope);
         let scales = [self.near_scale.val(), self.far_scale.val()];
         let inputs = AhaLinearInputs { near, far: [query, key], value, scales };
         let options = options(self.softcap)?.with_training(training);
