@@ -133,11 +133,10 @@ mod tests {
         let (near, far, d_out) = (noise(shape, 1), noise(shape, 2), noise(shape, 3));
         let scales = [noise([4, 3], 4), noise([4, 3], 5)];
         let routes = noise([2, router_heads, 5], 6).map(|x| u8::from(x > 0.0));
-        let scales_of = |far_scale| [&scales[0], far_scale];
         let loss = |near: &_, far: &_, routes: &_, far_scale: &_| {
-            dot(aha_linear([near, far], routes, scales_of(far_scale), 0.1).as_slice(), d_out.as_slice())
+            dot(aha_linear([near, far], routes, [&scales[0], far_scale], 0.1).as_slice(), d_out.as_slice())
         };
-        let found = aha_linear_backward([&near, &far], &routes, scales_of(&scales[1]), 0.1, &d_out);
+        let found = aha_linear_backward([&near, &far], &routes, [&scales[0], &scales[1]], 0.1, &d_out);
         assert_gradient(&near, &found.near, |near| loss(near, &far, &routes, &scales[1]));
         assert_gradient(&far, &found.far, |far| loss(&near, far, &routes, &scales[1]));
         assert_gradient(&scales[1], &found.far_scale, |scale| loss(&near, &far, &routes, scale));
