@@ -148,9 +148,15 @@ fn aha_linear_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), S
         ];
         let exact = oracle_rattention::<f64>(&data, &near, &routes.array(), &scales, &d_out, false);
         let plain = oracle_rattention::<f32>(&data, &near, &routes.array(), &scales, &d_out, true);
+        let largest = d_out.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
+        let cancelled = 64.0 * Element::F32.epsilon() * largest;
         for ((exact, plain), (name, found)) in exact.into_iter().zip(&plain).zip(&found) {
             let element = if *name == "output" { case.out_element() } else { case.element };
-            Bound::new(exact, plain, element).accepts(name, found)?;
+            let bound = Bound::new(exact, plain, element);
+            // With one key in the window these gradients are 0, which a kernel has as the difference of two products of `d_out`.
+            let differences = matches!(*name, "near query" | "near key");
+            let bound = if differences { bound.at_least(cancelled) } else { bound };
+            bound.accepts(name, found)?;
         }
         Ok(())
     })

@@ -244,6 +244,11 @@ impl Bound {
         Self { exact, tolerance: 2.0 * measured + roundings * largest }
     }
 
+    /// The same bound, and no narrower than `tolerance`.
+    pub(crate) fn at_least(self, tolerance: f64) -> Self {
+        Self { tolerance: self.tolerance.max(tolerance), ..self }
+    }
+
     pub(crate) fn accepts(&self, what: &str, found: &[f32]) -> Result<(), String> {
         near(what, &self.exact, found, self.tolerance)
     }
