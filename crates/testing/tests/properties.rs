@@ -32,7 +32,7 @@ fn holds(device_name: &'static str, property: &str) {
         return;
     };
     // Lavapipe compiles a kernel for seconds: fewer cases there keep the suite to minutes.
-    let default = if device_name == "wgpu" { 4 } else { 16 };
+    let default = if device_name == "wgpu" { 3 } else { 12 };
     let cases = std::env::var("BIFOCAL_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default);
     let property = bifocal_testing::property(property).expect("a property of that name");
     if !property.applies(device) {
