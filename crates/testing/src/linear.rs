@@ -395,7 +395,7 @@ fn part(
 }
 
 /// Self-attention of at least two tokens.
-fn self_attention(of: LinearCase) -> LinearCase {
+pub(crate) fn self_attention(of: LinearCase) -> LinearCase {
     let length = of.case.query_len.max(2);
     LinearCase { case: Case { query_len: length, key_len: length, ..of.case }, ..of }
 }
