@@ -7,7 +7,7 @@
 //! branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
 //! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`RattentionAttention`], out of [`linear_attention`] and
-//! [`norm_sum`], and [`CausalAttention`] not at all.
+//! [`norm_sum`], and [`CausalAttention`] not at all. Each makes a [`LayerCache`], and goes on from it token by token.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -64,6 +64,7 @@
 
 mod attention;
 mod autodiff;
+mod cache;
 pub mod composed;
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 mod cube;
@@ -82,6 +83,7 @@ pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, selected_attention,
     windowed_attention,
 };
+pub use cache::LayerCache;
 pub use linear::{linear_attention, linear_attention_with, norm_sum};
 pub use modules::{
     AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
@@ -94,4 +96,4 @@ pub use qada::qada_attention;
 pub use routing::{Routing, linear_choice, linear_gate, route};
 pub use system::Branch;
 
-pub use bifocal::{Covariance, Error, FeatureMap, MomentGate, Result, Threshold, Window};
+pub use bifocal::{Covariance, Error, FeatureMap, MomentGate, Reach, Result, Threshold, Window};
