@@ -121,6 +121,14 @@ pub enum Error {
         /// Which checkpoint is intact.
         kept: String,
     },
+    /// What a model says of a token is no number.
+    #[error("the logit of token {token} is {value}: the model's weights are spoilt")]
+    Logit {
+        /// Which token.
+        token: usize,
+        /// Its logit.
+        value: f32,
+    },
 }
 
 impl Error {

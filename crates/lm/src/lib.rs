@@ -8,6 +8,7 @@
 //! | [`Trainer`] | AdamW, a cosine schedule with warm-up, clipping, accumulation, router penalties |
 //! | [`BudgetController`], [`CollapseDetector`] | steer and watch gates |
 //! | [`Checkpoint`] | a saved run |
+//! | [`Decoder::generate`] | text from a prompt, byte by byte, over a [`DecoderCache`] |
 //! | [`metrics`] | what a run measures |
 //!
 //! The command `bifocal train` is this crate with options around it. Attention of your own joins in by
@@ -35,6 +36,7 @@ mod data;
 mod draws;
 mod error;
 mod files;
+mod generate;
 pub mod metrics;
 mod model;
 mod optimiser;
@@ -48,9 +50,11 @@ pub use config::{AttentionKind, Budget, Guard, ModelConfig, Penalties, Precision
 pub use control::{BudgetController, Collapse, CollapseDetector, Side};
 pub use data::{Corpus, DOCUMENT_END, Split, TokenKind, VOCABULARY};
 pub use error::{Error, Result};
+pub use generate::{End, Generation, GenerationOptions, Sampling};
 pub use metrics::{KindShare, Line, StepLine, ValidationLine};
 pub use model::{
-    Attention, CustomAttention, CustomLayer, Decoder, Forward, Layer, Pass, RandomGate, register,
+    Attention, CustomAttention, CustomLayer, Decoder, DecoderCache, Forward, Layer, Pass, RandomGate,
+    register,
 };
 pub use schedule::{l2a_weight, learning_rate};
 pub use trainer::{CHECKPOINT, METRICS, Outcome, Progress, Trainer};

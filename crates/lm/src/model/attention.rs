@@ -1,7 +1,7 @@
-use bifocal::{RandomRouter, Window};
+use bifocal::{RandomRouter, Reach, Window};
 use bifocal_burn::{
     AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
-    CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
+    CausalAttentionConfig, L2aAttention, L2aAttentionConfig, LayerCache, MultiWindowAttention,
     MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RattentionAttention,
     RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
 };
@@ -50,6 +50,33 @@ impl Attention {
             Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
             Self::L2a(_) | Self::Rattention(_) => return None,
         })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for attention from outside this crate, of which nobody knows what it needs of earlier tokens;
+    /// [`Error::Attention`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        Ok(match self {
+            Self::Causal(causal) => causal.cache(batch, capacity)?,
+            Self::Aha(aha) => aha.cache(batch, capacity)?,
+            Self::MultiWindow(multi) => multi.cache(batch, capacity)?,
+            Self::L2a(l2a) => l2a.cache(batch, capacity)?,
+            Self::Qada(qada) => qada.cache(batch, capacity)?,
+            Self::Rattention(rattention) => rattention.cache(batch, capacity)?,
+            Self::RandomGate(gate) => gate.cache(batch, capacity)?,
+            Self::Custom(_) => return Err(uncached()),
+        })
+    }
+
+    /// Positions of queries and keys.
+    pub(super) fn rope(&self) -> Option<&RotaryEncoding> {
+        match self {
+            Self::L2a(l2a) => l2a.rope.as_ref(),
+            Self::Rattention(rattention) => rattention.rope.as_ref(),
+            other => other.projections()?.1,
+        }
     }
 
     pub(super) fn new(kind: &AttentionKind, model: &ModelConfig, device: &Device) -> Result<Self> {
@@ -124,22 +151,65 @@ impl RandomGate {
     /// # Errors
     /// As [`aha_attention`].
     pub fn forward(&self, hidden: Tensor<3>, seed: u32) -> Result<AttentionOutput> {
-        let [batch, tokens, _] = hidden.dims();
-        let heads = self.projections.n_heads;
-        let router = RandomRouter::gate(heads, self.far_share, seed)?;
-        let rows = (batch * heads) as u32;
-        let routes: Vec<i32> = (0..rows)
-            .flat_map(|row| (0..tokens as u32).map(move |token| (row, token)))
-            .map(|(row, token)| i32::from(router.route_of(row, token)))
-            .collect();
-        let routes = TensorData::new(routes, [batch, heads, tokens]);
-        let device = hidden.device().inner();
-        let routing = Routing::from_routes(Tensor::<3, Int>::from_data(routes, (&device, DType::I32)), 2)?;
+        let routing = self.route(0, &hidden, seed)?;
         let [query, key, value] = self.projections.project(hidden, self.rope.as_ref());
         let window = Window::aha(self.window)?;
         let out = aha_attention(query, key, value, &routing, window, &AttentionOptions::default())?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
     }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        Ok(LayerCache::new(&self.projections, &self.reaches()?, batch, capacity)?)
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache: the same `seed` draws for each
+    /// position what the forward pass draws.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(
+        &self,
+        hidden: Tensor<3>,
+        seed: u32,
+        cache: &mut LayerCache,
+    ) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let routing = self.route(start, &hidden, seed)?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let out = cache.attend(&self.reaches()?, qkv, Some(&routing), &AttentionOptions::default())?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// Routes for hidden states whose first token is at position `start`.
+    fn route(&self, start: usize, hidden: &Tensor<3>, seed: u32) -> Result<Routing> {
+        let [batch, tokens, _] = hidden.dims();
+        let heads = self.projections.n_heads;
+        let router = RandomRouter::gate(heads, self.far_share, seed)?;
+        let rows = (batch * heads) as u32;
+        let routes: Vec<i32> = (0..rows)
+            .flat_map(|row| (start..start + tokens).map(move |token| (row, token as u32)))
+            .map(|(row, token)| i32::from(router.route_of(row, token)))
+            .collect();
+        let routes = TensorData::new(routes, [batch, heads, tokens]);
+        let device = hidden.device().inner();
+        let routes = Tensor::<3, Int>::from_data(routes, (&device, DType::I32));
+        Ok(Routing::from_routes(routes, 2)?)
+    }
+
+    fn reaches(&self) -> Result<[Option<Reach>; 2]> {
+        Ok([Some(Reach::Window(Window::aha(self.window)?)), Some(Reach::All)])
+    }
+}
+
+/// Why there is no cache for attention from outside.
+pub(super) fn uncached() -> Error {
+    let expected = "a kind of this crate: nobody knows what attention from outside needs of earlier tokens";
+    Error::setting("the attention of a cache", "custom", expected)
 }
 
 /// What a router decided, read back: which token-heads look far.
