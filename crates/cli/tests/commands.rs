@@ -227,6 +227,50 @@ fn the_demo_shows_gates_that_have_learned() {
 }
 
 #[test]
+fn text_comes_from_the_decoder_inside_and_from_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let generate = ["generate", "--max-tokens", "40", "--prompt", "The window shows the near "];
+    let told = |more: &[&str]| bifocal(here, &[&generate[..], more].concat());
+    let greedy = told(&["--greedy"]).unwrap();
+    assert!(greedy.trim_end_matches('\n').len() <= 3 * 40 && greedy.contains("e"), "{greedy}");
+    let found = json(here, &[&generate[..], &["--greedy", "--json", "-"]].concat());
+    assert_eq!(format!("{}\n", found["text"].as_str().unwrap()), greedy);
+    assert_eq!((&found["prompt_tokens"], &found["tokens"]), (&26.into(), &40.into()));
+    assert_eq!(found["end"], "length");
+    let shares = found["far_share"].as_array().expect("shares");
+    assert!(shares.iter().all(|share| share.as_f64().is_some_and(|share| (0.0..=1.0).contains(&share))));
+    assert!(found["cache_bytes"].as_u64() > Some(0) && found["tokens_per_s"].as_f64() > Some(0.0), "{found}");
+
+    let drawn = |seed: &str| told(&["--temperature", "1.5", "--top-k", "60", "--seed", seed]).unwrap();
+    assert_eq!(drawn("3"), drawn("3"));
+    assert_ne!(drawn("3"), drawn("4"));
+    let stop: String = greedy.chars().take(2).collect();
+    assert_eq!(told(&["--greedy", "--stop", &stop]).unwrap(), format!("{stop}\n"));
+
+    // A run, from its folder and from one file.
+    tiny_run(here);
+    train(here, "run", &["--attention", "qada", "--window", "4", "--tau", "0.9", "--steps", "2"]).unwrap();
+    bifocal(here, &["export", "run", "run.bifocal"]).unwrap();
+    std::fs::write(here.join("prompt.txt"), "near ").unwrap();
+    let from = |model| bifocal(here, &["generate", model, "--prompt-file", "prompt.txt", "--greedy"]);
+    assert_eq!(from("run").unwrap(), from("run.bifocal").unwrap());
+
+    for (more, expected) in [
+        (&["--temperature", "0"][..], "temperature is 0, expected a finite number above 0"),
+        (&["--top-p", "1.5"], "top-p is 1.5"),
+        (&["--top-k", "0"], "top-k is 0"),
+        (&["--greedy", "--seed", "1"], "cannot be used with"),
+        (&["run", "--prompt-file", "prompt.txt"], "cannot be used with"),
+        (&["nowhere"], "cannot read nowhere"),
+        (&["run"], "the prompt is 26 bytes long, expected at most the model's context, 16"),
+    ] {
+        let error = told(more).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+}
+
+#[test]
 fn training_says_what_it_misses() {
     let folder = tempfile::tempdir().unwrap();
     let here = folder.path();

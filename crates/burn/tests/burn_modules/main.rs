@@ -1,5 +1,6 @@
 //! Bifocal on Burn's devices, against Burn's own operations and the float64 oracle.
 
+mod cache;
 mod causal;
 mod common;
 mod functions;

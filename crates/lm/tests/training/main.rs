@@ -1,4 +1,6 @@
-//! Whole runs of a tiny decoder on Flex.
+//! Whole runs of a tiny decoder on Flex, and what it writes.
+
+mod generation;
 
 use std::{
     fs,
