@@ -21,7 +21,7 @@ pub(crate) struct Options {
     #[arg(value_name = "RUN")]
     run: Option<PathBuf>,
     /// The text to go on from; standard input unless this or --prompt-file is given.
-    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file")]
+    #[arg(long, value_name = "TEXT", conflicts_with = "prompt_file", allow_hyphen_values = true)]
     prompt: Option<String>,
     /// A file with the text to go on from.
     #[arg(long, value_name = "FILE")]
@@ -45,7 +45,7 @@ pub(crate) struct Options {
     #[arg(long, value_name = "N", default_value_t = 0)]
     seed: u64,
     /// A text to stop after; may be given several times.
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     stop: Vec<String>,
     /// Where the model runs. On `cpu` its dense parts run on Burn's Flex and attention on the CPU runtime.
     #[arg(long, default_value = "cpu")]

@@ -18,7 +18,7 @@ struct Louder;
 
 impl ModuleMapper for Louder {
     fn map_float<const D: usize>(&mut self, param: Param<Tensor<D>>) -> Param<Tensor<D>> {
-        let factor = if D == 2 && param.lazy_shape().dims[0] != bifocal_lm::VOCABULARY { 12.0 } else { 1.0 };
+        let factor = if D == 2 && param.lazy_shape()[0] != bifocal_lm::VOCABULARY { 12.0 } else { 1.0 };
         param.map(|tensor| tensor.mul_scalar(factor))
     }
 }
