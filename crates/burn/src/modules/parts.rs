@@ -119,12 +119,11 @@ impl Projections {
 
     /// Checks hidden states against the module that they enter at position `start`, so that Burn's operations have
     /// nothing to panic about.
-    pub(crate) fn check(
-        &self,
-        start: usize,
-        hidden: &Tensor<3>,
-        rope: Option<&RotaryEncoding>,
-    ) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::DeviceMismatch`]; [`Error::Option`] for another element type than the weights';
+    /// [`Error::Shape`], [`Error::EmptyDimension`]; [`Error::TooLarge`] beyond the table of rotary positions.
+    pub fn check(&self, start: usize, hidden: &Tensor<3>, rope: Option<&RotaryEncoding>) -> Result<()> {
         let weight = self.q_proj.weight.val();
         check_together(&[Origin::of("the weights", &weight), Origin::of("the hidden states", hidden)])?;
         let [batch, tokens, model_dim] = hidden.dims();

@@ -149,10 +149,12 @@ impl RandomGate {
     /// Attends within hidden states `[B, T, M]`; the same `seed` draws the same routes.
     ///
     /// # Errors
-    /// As [`aha_attention`].
+    /// As [`Projections::check`] and [`aha_attention`].
     pub fn forward(&self, hidden: Tensor<3>, seed: u32) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        self.projections.check(0, &hidden, rope)?;
         let routing = self.route(0, &hidden, seed)?;
-        let [query, key, value] = self.projections.project(hidden, self.rope.as_ref());
+        let [query, key, value] = self.projections.project(hidden, rope);
         let window = Window::aha(self.window)?;
         let out = aha_attention(query, key, value, &routing, window, &AttentionOptions::default())?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })

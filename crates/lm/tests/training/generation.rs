@@ -162,3 +162,19 @@ fn impossible_texts_are_refused() {
     let own = decoder(AttentionKind::Custom { name: "uncached".to_string() });
     assert_eq!(refused(&own, b"a", some()), "the attention of a cache");
 }
+
+#[rstest]
+#[case::full(AttentionKind::Full)]
+#[case::random_gate(AttentionKind::RandomGate { window: 4, far_share: 0.3 })]
+fn more_than_the_context_is_refused(#[case] kind: AttentionKind) {
+    let decoder = decoder(kind);
+    let ids = || Tensor::<2, Int>::zeros([1, 49], &Device::flex());
+    let mut cache = decoder.cache(1, 100).unwrap();
+    for error in [
+        decoder.forward(ids(), Pass::default()).unwrap_err(),
+        decoder.forward_cached(ids(), &mut cache, Pass::default()).unwrap_err(),
+    ] {
+        let Error::Attention(error) = error else { panic!("{error}") };
+        assert!(matches!(error, bifocal_burn::Error::TooLarge { size: 49, limit: 48, .. }), "{error}");
+    }
+}
