@@ -30,8 +30,8 @@ use crate::{
 /// Up to 16 tokens after the first are a step of [`bifocal::decode`], whose cost is that of the keys that their routes show. More
 /// of them, and the first ones, run the operators of the forward pass.
 ///
-/// A cache is for inference: there is no gradient through it, and a device with autodiff is an error. Any error that a check
-/// can find comes before anything has changed. When the device fails halfway, the cache is left unfit and later calls say so.
+/// A cache is for inference: there is no gradient through it, and a device with autodiff is an error. Arguments are checked
+/// before anything changes. When the device refuses or fails halfway, the cache is left unfit, and later calls say so.
 ///
 /// ```
 /// use bifocal_burn::AhaAttentionConfig;
@@ -218,7 +218,7 @@ impl LayerCache {
         routing: Option<&Routing>,
         options: &AttentionOptions,
     ) -> Result<Tensor<4>> {
-        self.check_qkv(&qkv, routing)?;
+        self.check_qkv(&qkv, routing, options)?;
         let Parts::Selected(selected) = &mut self.parts else { return Err(self.other_kind()) };
         selected.check(reaches, routing)?;
         let [_, _, tokens, _] = qkv[0].dims();
@@ -227,10 +227,17 @@ impl LayerCache {
         Ok(out)
     }
 
-    fn check_qkv(&self, [query, key, value]: &[Tensor<4>; 3], routing: Option<&Routing>) -> Result<()> {
+    fn check_qkv(
+        &self,
+        [query, key, value]: &[Tensor<4>; 3],
+        routing: Option<&Routing>,
+        options: &AttentionOptions,
+    ) -> Result<()> {
         let mut origins =
             vec![Origin::of("query", query), Origin::of("key", key), Origin::of("value", value)];
         origins.extend(routing.map(|routing| Origin::on("routing", routing.device())));
+        let sinks = options.sink_logits.as_ref();
+        origins.extend(sinks.map(|sinks| Origin::of("the sink logits", sinks).of_any_dtype()));
         let [_, heads, tokens, _] = query.dims();
         self.check_next(&origins, tokens)?;
         let [_, kv_heads, _, dim] = key.dims();
@@ -243,6 +250,10 @@ impl LayerCache {
             }
         }
         let problem = Problem::new(query.dims(), key.dims(), element("query", query.dtype())?)?;
+        options.apply(problem)?;
+        if let Some(sinks) = sinks.filter(|sinks| sinks.dims() != [heads]) {
+            return Err(Error::shape("the sink logits", format!("[{heads}]"), &sinks.dims()));
+        }
         match routing {
             Some(routing) => routing.decision().routes.geometry().check(&problem),
             None => Ok(()),

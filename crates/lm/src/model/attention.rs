@@ -55,8 +55,7 @@ impl Attention {
     /// An empty cache of `capacity` tokens for each of `batch` sequences.
     ///
     /// # Errors
-    /// [`Error::Setting`] for attention from outside this crate, of which nobody knows what it needs of earlier tokens;
-    /// [`Error::Attention`].
+    /// [`Error::Setting`] for attention from outside this crate, which has no cache; [`Error::Attention`].
     pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
         Ok(match self {
             Self::Causal(causal) => causal.cache(batch, capacity)?,
@@ -66,7 +65,7 @@ impl Attention {
             Self::Qada(qada) => qada.cache(batch, capacity)?,
             Self::Rattention(rattention) => rattention.cache(batch, capacity)?,
             Self::RandomGate(gate) => gate.cache(batch, capacity)?,
-            Self::Custom(_) => return Err(uncached()),
+            Self::Custom(_) => return Err(uncached("custom")),
         })
     }
 
@@ -208,10 +207,10 @@ impl RandomGate {
     }
 }
 
-/// Why there is no cache for attention from outside.
-pub(super) fn uncached() -> Error {
-    let expected = "a kind of this crate: nobody knows what attention from outside needs of earlier tokens";
-    Error::setting("the attention of a cache", "custom", expected)
+/// Why a kind of attention has no cache.
+pub(super) fn uncached(kind: &'static str) -> Error {
+    let expected = "a kind that says what it needs of earlier tokens";
+    Error::setting("the attention of a cache", kind, expected)
 }
 
 /// What a router decided, read back: which token-heads look far.

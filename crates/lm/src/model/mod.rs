@@ -257,7 +257,7 @@ impl Layer {
             Attention::RandomGate(gate) => {
                 split(gate.forward_cached(normed, gate_seed(pass, index), cache)?)
             }
-            Attention::Custom(_) => return Err(attention::uncached()),
+            Attention::Custom(_) => return Err(attention::uncached("custom")),
             // Residuals are inside.
             Attention::L2a(l2a) => return Ok(split(l2a.forward_cached(normed, cache)?)),
         };
