@@ -186,6 +186,7 @@ pub(crate) struct LinearOnDevice {
 impl LinearOnDevice {
     pub(crate) fn inputs(&self) -> LinearInputs<'_> {
         let mut inputs = LinearInputs::new(self.qkv.query.view(), self.qkv.key.view(), self.qkv.value.view());
+        inputs.attention.sequences = self.qkv.sequences.as_ref();
         if let Some(log_decay) = &self.log_decay {
             inputs = inputs.with_log_decay(log_decay.view());
         }
