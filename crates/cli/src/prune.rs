@@ -4,13 +4,12 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
 use bifocal_lm::{
-    AttentionKind, CHECKPOINT, Checkpoint, Corpus, METRICS, ModelConfig, Precision, PrunedLayer, Pruning,
-    metrics,
+    AttentionKind, CHECKPOINT, Corpus, METRICS, ModelConfig, Precision, PrunedLayer, Pruning, metrics,
 };
 use clap::Args;
 use serde::Serialize;
 
-use crate::{DeviceName, output};
+use crate::{DeviceName, model, output};
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -75,11 +74,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     if to.exists() {
         bail!("{} holds a checkpoint already: give another folder", options.out.display());
     }
-    let from = match options.run.is_dir() {
-        true => options.run.join(CHECKPOINT),
-        false => options.run.clone(),
-    };
-    let checkpoint = Checkpoint::load(&from)?;
+    let (checkpoint, _) = model::read(Some(&options.run))?;
     let config = checkpoint.config();
     let corpus = match options.text.is_empty() {
         true => None,

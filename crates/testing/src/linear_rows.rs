@@ -1,17 +1,17 @@
 //! What linear attention satisfies on some of the rows and on packed sequences, and AHA over it.
 
-use bifocal::{AhaLinear, Element, FeatureMap, Gradients, RattentionInputs, Tensor};
+use bifocal::{AhaLinear, Element, Gradients, Tensor};
 use proptest::prelude::*;
 
 use crate::{
     Device, Effort, Property,
-    case::{Case, packed_cases, routings},
+    case::{packed_cases, routings},
     compare::run,
     everywhere,
     gradients::draw_d_out,
-    inputs::{Data, HostRoutes},
+    inputs::HostRoutes,
     linear::{
-        Bound, LinearCase, LinearData, NAMES, NormData, linear_cases, linear_cases_of, oracle_rattention,
+        Bound, Branches, LinearData, NAMES, linear_cases, linear_cases_of, normable, oracle_rattention,
     },
     refute,
 };
@@ -106,24 +106,10 @@ fn routed_linear_rows_equal_the_oracle(device: &Device, effort: Effort) -> Resul
 
 fn aha_linear_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
     refute(effort, (linear_cases(&device.profile), routings()), |(of, routing)| {
-        // Without a map rows can come out next to zero, and a norm makes noise of them.
-        let map = if of.map == FeatureMap::Identity { FeatureMap::SoftmaxPair } else { of.map };
-        let of = LinearCase { map, decays: None, starts: false, chunk: None, ..of };
-        let of = LinearCase { case: Case { magnitude: 1.0, ..of.case }, ..of };
-        let (case, client) = (&of.case, &device.client);
-        let (data, problem) = (LinearData::new(&of), case.problem());
-        let mut near = Data::new(&Case { seed: case.seed ^ 7, ..case.clone() });
-        near.value.clone_from(&data.data.value);
-        let (on, near_on) = (data.upload(device, false)?, run(near.upload(client))?);
-        let scales = NormData::scales(case);
-        let near_scale = NormData::upload_scale(device, case, &scales[0])?;
-        let far_scale = NormData::upload_scale(device, case, &scales[1])?;
-        let inputs = RattentionInputs {
-            near: near_on.inputs(),
-            far: on.inputs(),
-            near_scale: near_scale.view(),
-            far_scale: far_scale.view(),
-        };
+        let of = normable(of);
+        let (case, client, problem) = (&of.case, &device.client, of.case.problem());
+        let branches = Branches::upload(device, &of)?;
+        let (Branches { data, near, scales, .. }, inputs) = (&branches, branches.inputs());
         let routes = HostRoutes::new(case, &routing, 2);
         let plan = run(bifocal::plan(client, &problem, &run(routes.upload(client))?))?;
         let lens = AhaLinear::new(of.window).with_feature_map(of.map);
@@ -146,8 +132,8 @@ fn aha_linear_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), S
             ("far scale", run(gradients.far_scale.to_f32(client))?),
             ("scores", run(run(scores)?.to_f32(client))?),
         ];
-        let exact = oracle_rattention::<f64>(&data, &near, &routes.array(), &scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(&data, &near, &routes.array(), &scales, &d_out, true);
+        let exact = oracle_rattention::<f64>(data, near, &routes.array(), scales, &d_out, false);
+        let plain = oracle_rattention::<f32>(data, near, &routes.array(), scales, &d_out, true);
         let largest = d_out.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
         let cancelled = 64.0 * Element::F32.epsilon() * largest;
         for ((exact, plain), (name, found)) in exact.into_iter().zip(&plain).zip(&found) {

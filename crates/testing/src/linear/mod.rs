@@ -7,9 +7,9 @@ mod rattention;
 
 pub(crate) use self::{
     attention::NAMES,
-    case::{Bound, LinearCase, LinearData, linear_cases, linear_cases_of},
+    case::{Bound, LinearData, linear_cases, linear_cases_of},
     norm_sum::NormData,
-    rattention::oracle_rattention,
+    rattention::{Branches, normable, oracle_rattention},
 };
 use crate::{Property, everywhere};
 

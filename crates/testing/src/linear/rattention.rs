@@ -5,7 +5,10 @@ use bifocal_reference::{self as reference, Array};
 use num_traits::Float;
 
 use super::{
-    case::{Bound, LinearCase, LinearData, attend, cut, leaving, linear_cases, part, self_attention},
+    case::{
+        Bound, LinearCase, LinearData, LinearOnDevice, attend, cut, leaving, linear_cases, part,
+        self_attention,
+    },
     norm_sum::NormData,
 };
 use crate::{
@@ -13,7 +16,7 @@ use crate::{
     case::Case,
     compare::{near, run},
     gradients::draw_d_out,
-    inputs::{Data, array, round},
+    inputs::{Data, OnDevice, array, round},
     refute,
 };
 
@@ -64,27 +67,60 @@ pub(crate) fn oracle_rattention<F: Float>(
     ]
 }
 
-pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
-    refute(effort, linear_cases(&device.profile), |of| {
-        // Without a map rows can come out next to zero, and a norm makes noise of them.
-        let map = if of.map == FeatureMap::Identity { FeatureMap::SoftmaxPair } else { of.map };
-        let of = self_attention(LinearCase { map, decays: None, starts: false, chunk: None, ..of });
-        let of = LinearCase { case: Case { magnitude: 1.0, ..of.case }, ..of };
-        let (case, client) = (&of.case, &device.client);
-        let (data, problem) = (LinearData::new(&of), case.problem());
-        // Other queries and keys, as rotary positions make them; the same values.
+/// The case with rows that a norm makes sense of, and with what RATTENTION has.
+pub(crate) fn normable(of: LinearCase) -> LinearCase {
+    // Without a map rows can come out next to zero, and a norm makes noise of them.
+    let map = if of.map == FeatureMap::Identity { FeatureMap::SoftmaxPair } else { of.map };
+    let case = Case { magnitude: 1.0, ..of.case };
+    LinearCase { case, map, decays: None, starts: false, chunk: None, ..of }
+}
+
+/// The numbers of RATTENTION's branches, here and on the device.
+pub(crate) struct Branches {
+    pub(crate) data: LinearData,
+    /// Other queries and keys, as rotary positions make them; the same values.
+    pub(crate) near: Data,
+    pub(crate) scales: [Vec<f32>; 2],
+    data_on: LinearOnDevice,
+    near_on: OnDevice,
+    scales_on: [Tensor<2>; 2],
+}
+
+impl Branches {
+    pub(crate) fn upload(device: &Device, of: &LinearCase) -> Result<Self, String> {
+        let case = &of.case;
+        let data = LinearData::new(of);
         let mut near = Data::new(&Case { seed: case.seed ^ 7, ..case.clone() });
         near.value.clone_from(&data.data.value);
-        let (on, near_on) = (data.upload(device, false)?, run(near.upload(client))?);
         let scales = NormData::scales(case);
-        let near_scale = NormData::upload_scale(device, case, &scales[0])?;
-        let far_scale = NormData::upload_scale(device, case, &scales[1])?;
-        let inputs = RattentionInputs {
-            near: near_on.inputs(),
-            far: on.inputs(),
+        let scale = |of: usize| NormData::upload_scale(device, case, &scales[of]);
+        Ok(Self {
+            data_on: data.upload(device, false)?,
+            near_on: run(near.upload(&device.client))?,
+            scales_on: [scale(0)?, scale(1)?],
+            data,
+            near,
+            scales,
+        })
+    }
+
+    pub(crate) fn inputs(&self) -> RattentionInputs<'_> {
+        let [near_scale, far_scale] = &self.scales_on;
+        RattentionInputs {
+            near: self.near_on.inputs(),
+            far: self.data_on.inputs(),
             near_scale: near_scale.view(),
             far_scale: far_scale.view(),
-        };
+        }
+    }
+}
+
+pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), String> {
+    refute(effort, linear_cases(&device.profile), |of| {
+        let of = self_attention(normable(of));
+        let (case, client, problem) = (&of.case, &device.client, of.case.problem());
+        let branches = Branches::upload(device, &of)?;
+        let (Branches { data, near, scales, .. }, inputs) = (&branches, branches.inputs());
         let rattention = Rattention::new(of.window).with_feature_map(of.map);
         let d_out = draw_d_out(case);
         let out = run(Tensor::filled(client, problem.out_shape(), case.out_element(), f32::NAN))?;
@@ -105,8 +141,8 @@ pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> R
         let names =
             ["output", "near query", "near key", "value", "far query", "far key", "near scale", "far scale"];
         let everywhere = Array::filled([case.batch, 1, case.query_len], 1);
-        let exact = oracle_rattention::<f64>(&data, &near, &everywhere, &scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(&data, &near, &everywhere, &scales, &d_out, true);
+        let exact = oracle_rattention::<f64>(data, near, &everywhere, scales, &d_out, false);
+        let plain = oracle_rattention::<f32>(data, near, &everywhere, scales, &d_out, true);
         // There is no gate here.
         for (at, (exact, plain)) in exact.into_iter().zip(&plain).take(names.len()).enumerate() {
             let element = if at == 0 { case.out_element() } else { case.element };
@@ -115,16 +151,22 @@ pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> R
 
         // The last row once more, from the state before it.
         let length = case.query_len;
-        let before = part(&data, None, (0, 0, length - 1));
+        let before = part(data, None, (0, 0, length - 1));
         let [_, state] = attend(device, &before.of, &before.upload(device, false)?)?;
         let state = run(State::from_f32(client, of.state_shape(), &state))?;
         let leaves = length.checked_sub(1 + of.window.keys() as usize);
-        let left = leaves.map(|key| part(&data, None, (key, key, key + 1)));
+        let left = leaves.map(|key| part(data, None, (key, key, key + 1)));
         let left_on = left.as_ref().map(|left| left.upload(device, false)).transpose()?;
         let kept = leaves.map_or(0, |key| key + 1);
-        let row = part(&data, None, (length - 1, kept, length));
+        let row = part(data, None, (length - 1, kept, length));
         let near_row = part(
-            &LinearData { data: near, of: of.clone(), log_decay: None, state: None, d_state: Vec::new() },
+            &LinearData {
+                data: near.clone(),
+                of: of.clone(),
+                log_decay: None,
+                state: None,
+                d_state: Vec::new(),
+            },
             None,
             (length - 1, kept, length),
         );
@@ -133,8 +175,8 @@ pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> R
             near: near_row_on.qkv.inputs(),
             far_query: row_on.qkv.query.view(),
             left: left_on.as_ref().map(leaving),
-            near_scale: near_scale.view(),
-            far_scale: far_scale.view(),
+            near_scale: inputs.near_scale,
+            far_scale: inputs.far_scale,
         };
         let problem = row.of.case.problem();
         let out = run(Tensor::filled(client, problem.out_shape(), case.out_element(), f32::NAN))?;
