@@ -165,7 +165,8 @@ impl LinearAttention {
             d_state.view().check(name, client, state_shape, Element::F32)?;
             d_state.view().check_contiguous(name)?;
         }
-        let d_start = self.call(client, problem, inputs)?.backward(d_out, d_state, gradients);
+        let gradients = gradients.clone().cleared(client)?;
+        let d_start = self.call(client, problem, inputs)?.backward(d_out, d_state, &gradients);
         Ok(inputs.state.map(|_| d_start))
     }
 
