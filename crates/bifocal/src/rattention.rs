@@ -98,6 +98,11 @@ impl Rattention {
         self.far
     }
 
+    /// The epsilon of both norms.
+    pub const fn epsilon(&self) -> f32 {
+        self.epsilon
+    }
+
     /// Writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type.
     ///
     /// # Errors
@@ -111,7 +116,11 @@ impl Rattention {
     ) -> Result<RattentionOutput> {
         let near = Partial::empty(client, problem, problem.element);
         self.near.attend(client, problem, &inputs.near, Rows::All, &near)?;
-        let far = Tensor::empty(client, problem.out_shape(), Element::F32);
+        let far = match inputs.far.rows {
+            Rows::All => Tensor::empty(client, problem.out_shape(), Element::F32),
+            // Rows that the far branch does not compute are their near branch alone.
+            Rows::Routed(_) => Tensor::zeros(client, problem.out_shape())?,
+        };
         let state = self.far.attend(client, problem, &inputs.far, &far)?;
         let scales = [inputs.near_scale, inputs.far_scale];
         norm_sum(client, problem, &self.norms(&near.out, &far, scales), out)?;
@@ -174,7 +183,7 @@ impl Rattention {
         Ok(RattentionGradients { near, far_query: far.query, far_key: far.key, near_scale, far_scale, state })
     }
 
-    fn norms<'a>(
+    pub(crate) fn norms<'a>(
         &self,
         near: &'a Tensor<4>,
         far: &'a Tensor<4>,

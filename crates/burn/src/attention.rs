@@ -180,11 +180,15 @@ pub fn global_attention(
     routed([query, key, value], routing, branches, options)
 }
 
-fn dense(tensors: [Tensor<4>; 3], branch: Branch, options: &AttentionOptions) -> Result<Tensor<4>> {
+pub(crate) fn dense(
+    tensors: [Tensor<4>; 3],
+    branch: Branch,
+    options: &AttentionOptions,
+) -> Result<Tensor<4>> {
     run(tensors, None, options, |_, _| Ok(System::dense(branch)))
 }
 
-fn routed(
+pub(crate) fn routed(
     tensors: [Tensor<4>; 3],
     routing: &Routing,
     branches: Vec<Option<Branch>>,

@@ -1,7 +1,7 @@
 use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Refusal, Refusals, Result, Routine, Window,
     device::{
-        Decision, Inputs, RouteGeometry, Tensor, TensorView,
+        Decision, Inputs, RouteGeometry, Summaries, Summary, Tensor, TensorView,
         launch::{elements, grid, words},
     },
 };
@@ -9,7 +9,7 @@ use cubecl::client::Client;
 
 mod kernels;
 
-use self::kernels::{Blueprint, NumbersLaunch, decide_kernel, predict_kernel};
+use self::kernels::{Blueprint, NumbersLaunch, Source, decide_kernel, predict_kernel};
 use crate::{
     launch::{outputs, over_quads, strides},
     moments::{Covariance, Moments, Prefix},
@@ -53,7 +53,7 @@ impl MomentGate {
         Self { sinks, ..self }
     }
 
-    /// Sets how much of the covariance is looked at.
+    /// Sets how much of the covariance is looked at. A low rank asks for moments that are given.
     pub const fn with_covariance(self, covariance: Covariance) -> Self {
         Self { covariance, ..self }
     }
@@ -81,6 +81,11 @@ impl MomentGate {
         self.sinks
     }
 
+    /// The share of the softmax that keeps a row near.
+    pub const fn tau(&self) -> f32 {
+        self.tau
+    }
+
     /// How much of the covariance is looked at.
     pub const fn covariance(&self) -> Covariance {
         self.covariance
@@ -93,8 +98,8 @@ impl MomentGate {
     /// whatever keys they were taken from (a calibration, a cache that keeps them up to date), for all rows alike.
     ///
     /// # Errors
-    /// [`Error::Option`] with a softcap, under which scores are not normal, and with packed sequences; [`Error::Shape`] when
-    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
+    /// [`Error::Option`] with a softcap, under which scores are not normal, with packed sequences, and for a low rank without
+    /// moments; [`Error::Shape`] when given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
     /// dims that the portable routine does not take; [`Error::TooLarge`]; as [`Inputs::check`].
     pub fn predict(
         &self,
@@ -105,8 +110,12 @@ impl MomentGate {
     ) -> Result<Tensor<4>> {
         inputs.check(client, problem)?;
         let profile = DeviceProfile::of(client);
-        supports(problem, inputs, &profile)?;
-        let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, .. } = *problem;
+        if inputs.sequences.is_some() {
+            let expected = "none: moments are those of a batch entry's keys";
+            return Err(Error::option("packed sequences", "given", expected));
+        }
+        supports(problem, &profile)?;
+        let Problem { batch, kv_heads, query_len, key_len, head_dim, .. } = *problem;
         // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
         let sinks = (self.sinks as usize).min(key_len);
         let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;
@@ -127,10 +136,9 @@ impl MomentGate {
                 (own.means.handle(), own.scatters.handle(), own.slots, batch * kv_heads, 1.0)
             }
         };
-        let predicted = Tensor::empty(client, [batch, heads, 1, query_len], Element::F32);
-        let blueprint = blueprint(problem, &profile, self.covariance, given.is_none());
-        let tiles = batch * kv_heads * problem.packed_rows().div_ceil(blueprint.lanes);
-        let (cubes, units) = grid(client, tiles);
+        let source = if given.is_some() { Source::Given } else { Source::Bulk };
+        let (predicted, blueprint) = self.room(client, problem, &profile, source);
+        let (cubes, units) = grid(client, tiles(problem, &blueprint));
         let numbers = NumbersLaunch::new(
             (batch * kv_heads) as u32,
             kv_heads as u32,
@@ -143,6 +151,7 @@ impl MomentGate {
             slots as u32,
             given_lists as u32,
             given_keys,
+            self.covariance.rows(head_dim) as u32,
             problem.scale,
             f32::NEG_INFINITY,
         );
@@ -156,6 +165,8 @@ impl MomentGate {
                 elements(inputs.key),
                 words(means),
                 words(scatters),
+                // Nothing reads spans.
+                words(means),
                 elements(predicted.view()),
                 strides(inputs.query),
                 strides(inputs.key),
@@ -166,6 +177,84 @@ impl MomentGate {
             );
         }
         Ok(predicted)
+    }
+
+    /// [`predict`](Self::predict) for a decode step over a cache that keeps moments (`SummaryCache` in `bifocal-decode`):
+    /// `query [B, H, Tq, D]` are the last tokens of their sequences, and moments are those of the very keys in each bulk. The
+    /// problem's key length means nothing here.
+    ///
+    /// # Errors
+    /// As [`predict`](Self::predict) and [`Summaries::check`].
+    pub fn predict_step(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        query: TensorView<'_, 4>,
+        summaries: &Summaries<'_>,
+    ) -> Result<Tensor<4>> {
+        problem.check()?;
+        let Problem { batch, heads, kv_heads, query_len, head_dim, .. } = *problem;
+        query.check("query", client, [batch, heads, query_len, head_dim], problem.element)?;
+        summaries.check(client, problem, &self.part_lengths(kv_heads, head_dim))?;
+        let profile = DeviceProfile::of(client);
+        supports(problem, &profile)?;
+        let (predicted, blueprint) = self.room(client, problem, &profile, Source::Summaries);
+        let (cubes, units) = grid(client, tiles(problem, &blueprint));
+        let key = summaries.key.view();
+        let numbers = NumbersLaunch::new(
+            (batch * kv_heads) as u32,
+            kv_heads as u32,
+            problem.group() as u32,
+            query_len as u32,
+            head_dim as u32,
+            0,
+            0,
+            1,
+            1,
+            1,
+            1.0,
+            self.covariance.rows(head_dim) as u32,
+            problem.scale,
+            f32::NEG_INFINITY,
+        );
+        // SAFETY: queries and summaries were checked against the problem; each unit checks its rows.
+        unsafe {
+            predict_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                elements(query),
+                elements(key),
+                elements(summaries.parts[0].view()),
+                elements(summaries.parts[1].view()),
+                words(&summaries.spans),
+                elements(predicted.view()),
+                strides(query),
+                strides(key),
+                numbers,
+                blueprint,
+                problem.element.into(),
+                blueprint.lanes,
+            );
+        }
+        Ok(predicted)
+    }
+
+    /// Room for a prediction, and what it is compiled for.
+    fn room(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        source: Source,
+    ) -> (Tensor<4>, Blueprint) {
+        let shape = [problem.batch, problem.heads, 1, problem.query_len];
+        (Tensor::empty(client, shape, Element::F32), blueprint(problem, profile, self.covariance, source))
+    }
+
+    /// Numbers of the mean, and of the scatter.
+    fn part_lengths(&self, kv_heads: usize, head_dim: usize) -> [usize; 2] {
+        [kv_heads * head_dim, kv_heads * self.covariance.rows(head_dim) * head_dim]
     }
 
     /// Routes `[B, H, Tq]` of two reaches from the log-sum-exp of the near branch, `[B, H, Tq]`, and the predicted mass
@@ -217,17 +306,64 @@ impl MomentGate {
         let rows = self.covariance.rows(head_dim);
         let (mean, scatter) = (moments.mean.view(), moments.scatter.view());
         mean.check("the mean key", client, [of_batch, kv_heads, head_dim], Element::F32)?;
-        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)
+        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)?;
+        // As many rows may mean something else.
+        let low_rank = [self.covariance, moments.covariance()];
+        let low_rank =
+            low_rank.into_iter().any(|covariance| matches!(covariance, Covariance::LowRank { .. }));
+        if low_rank && moments.covariance() != self.covariance {
+            let found = format!("{:?}", moments.covariance());
+            return Err(Error::option(
+                "the covariance of given moments",
+                found,
+                format!("{:?}", self.covariance),
+            ));
+        }
+        Ok(())
     }
 }
 
-fn supports(problem: &Problem, inputs: &Inputs<'_>, profile: &DeviceProfile) -> Result<()> {
+impl Summary for MomentGate {
+    fn outside(&self) -> (Window, usize) {
+        (self.window, self.sinks as usize)
+    }
+
+    /// Two parts: the mean key, and the scatter about it.
+    fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
+        self.covariance.check_sums()?;
+        supports(problem, &DeviceProfile::of(client))?;
+        Ok(self.part_lengths(problem.kv_heads, problem.head_dim).to_vec())
+    }
+
+    fn fold(
+        &self,
+        client: &Client,
+        keys: usize,
+        parts: &[Tensor<1>],
+        key: TensorView<'_, 4>,
+        _value: TensorView<'_, 4>,
+    ) -> Result<Vec<Tensor<1>>> {
+        let more = Moments::of(client, key, 0..key.shape()[2], self.covariance)?;
+        let [mean, scatter] = parts else {
+            return Err(Error::shape("the parts of moments", "[2]", &[parts.len()]));
+        };
+        let all = more.after(client, keys, [mean.handle(), scatter.handle()])?;
+        let [mean, scatter] = self.part_lengths(key.shape()[1], key.shape()[3]);
+        Ok(vec![
+            Tensor::new(all.mean.into_handle(), Element::F32, [mean], [1]),
+            Tensor::new(all.scatter.into_handle(), Element::F32, [scatter], [1]),
+        ])
+    }
+}
+
+/// How many units predict.
+fn tiles(problem: &Problem, blueprint: &Blueprint) -> usize {
+    problem.batch * problem.kv_heads * problem.packed_rows().div_ceil(blueprint.lanes)
+}
+
+fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<()> {
     if let Some(cap) = problem.softcap {
         return Err(Error::option("softcap", cap, "none: scores under a softcap are not normal"));
-    }
-    if inputs.sequences.is_some() {
-        let expected = "none: moments are those of a batch entry's keys";
-        return Err(Error::option("packed sequences", "given", expected));
     }
     let refuse = |refusal| {
         let refusals = Refusals(vec![(Routine::Portable, refusal)]);
@@ -249,12 +385,12 @@ fn blueprint(
     problem: &Problem,
     profile: &DeviceProfile,
     covariance: Covariance,
-    streaming: bool,
+    source: Source,
 ) -> Blueprint {
     let head_dim = problem.head_dim;
     Blueprint {
         covariance,
-        streaming,
+        source,
         head_dim,
         lanes: match profile.cpu_cores {
             Some(_) => (profile.vector_bits / 32).clamp(4, 16) as usize,
