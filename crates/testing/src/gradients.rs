@@ -1,7 +1,7 @@
 //! Backward passes of a case: how they are run, and the yardstick.
 
 use bifocal::cubecl::client::Client;
-use bifocal::{Element, Gradients, Partial, Reach, Saved, TensorView};
+use bifocal::{Element, Gradients, Partial, Reach, Saved, Tensor, TensorView};
 use bifocal_reference as reference;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
