@@ -64,8 +64,9 @@ pub use tuning::settle_within;
 pub use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
-        AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
-        Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, open, synchronise,
+        AttentionOperator, Before, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry,
+        RoutedRows, Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, open,
+        synchronise,
     },
 };
 pub use bifocal_dispatch::{

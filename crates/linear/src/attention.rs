@@ -171,9 +171,10 @@ impl LinearAttention {
             d_state.view().check(name, client, state_shape, Element::F32)?;
             d_state.view().check_contiguous(name)?;
         }
+        let gradients = gradients.clone().cleared(client)?;
         let d_start = Tensor::empty(client, state_shape, Element::F32);
         for call in self.calls(client, problem, inputs)? {
-            call.backward(d_out, d_state, gradients, &d_start);
+            call.backward(d_out, d_state, &gradients, &d_start);
         }
         Ok(inputs.state.map(|_| d_start))
     }

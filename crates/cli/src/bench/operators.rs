@@ -177,7 +177,9 @@ impl<'a> Bench<'a> {
                         // The branch keeps its plan to itself.
                         let plan = bifocal::plan(client, problem, &by_token.routes)?;
                         let rows = plan.far_rows()?;
-                        Full.backward(client, problem, &inputs, rows, saved, gradients).map(|_| ())
+                        // Most rows are in no pass.
+                        let gradients = gradients.clone().with_query_cleared(client)?;
+                        Full.backward(client, problem, &inputs, rows, saved, &gradients).map(|_| ())
                     })
                 }
                 CaseName::Moments => {
@@ -304,7 +306,7 @@ impl<'a> Bench<'a> {
         }
         let d_out = set.d_out.view();
         let delta = bifocal::dot_rows(self.client, &self.problem, partial.out.view(), d_out)?;
-        let gradients = Gradients::zeros(self.client, &self.problem, false)?;
+        let gradients = Gradients::unset(self.client, &self.problem, false)?;
         backward(&Saved { partial, d_out, delta: delta.view() }, &gradients)?;
         self.look();
         Ok(())

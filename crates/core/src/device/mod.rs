@@ -10,7 +10,7 @@ mod sequences;
 mod summary;
 mod tensor;
 
-pub use gradients::{Gradients, Saved};
+pub use gradients::{Before, Gradients, Saved};
 pub use operator::{AttentionOperator, Inputs, RoutedRows, Rows};
 pub use partial::Partial;
 pub use router::{Decision, Router};
