@@ -5,7 +5,7 @@ use bifocal_core::{
 use cubecl::client::Client;
 
 use crate::{
-    LeavingKey, LinearInputs, State,
+    LeavingKey, LinearInputs, State, mma,
     portable::{
         self, Call,
         geometry::{Geometry, LONGEST_CHUNK},
@@ -85,8 +85,7 @@ impl LinearAttention {
         [problem.batch, problem.kv_heads, features, problem.value_dim]
     }
 
-    /// Whether `routine` can run `problem` on a device with this profile, forward, backward and step by step; if not, why.
-    /// Needs no device.
+    /// Whether `routine` can run the forward pass of `problem` on a device with this profile; if not, why. Needs no device.
     ///
     /// # Errors
     /// The [`Refusal`] says why not.
@@ -100,19 +99,61 @@ impl LinearAttention {
             return Err(Refusal::NotAsked);
         }
         match routine {
+            Routine::Mma => mma::supports(problem, self.map, profile),
             Routine::Portable => portable::supports(problem, profile),
             _ => Err(Refusal::NotImplemented),
         }
     }
 
-    /// The fastest routine that can run `problem` on a device with this profile.
+    /// Whether `routine` can run the backward pass of `problem`, and its steps of decoding, on a device with this profile; if
+    /// not, why. Needs no device.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why not.
+    pub fn supports_backward(
+        &self,
+        routine: Routine,
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<(), Refusal> {
+        match routine {
+            Routine::Mma if problem.routine.is_none_or(|asked| asked == routine) => {
+                Err(Refusal::NotImplemented)
+            }
+            _ => self.supports(routine, problem, profile),
+        }
+    }
+
+    /// The fastest routine that can run the forward pass of `problem` on a device with this profile.
     ///
     /// # Errors
     /// [`Error::Refused`] with every routine's reason when none can.
     pub fn choose(&self, problem: &Problem, profile: &DeviceProfile) -> Result<Routine> {
+        self.first(|routine| self.supports(routine, problem, profile))
+    }
+
+    /// The routine that [`attend`](Self::attend) takes for these inputs: the fastest that can run the problem, that has a kernel
+    /// for what the inputs have besides, and that can read and write memory laid out like theirs.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn routine(
+        &self,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        inputs: &LinearInputs<'_>,
+        out: &Tensor<4>,
+    ) -> Result<Routine> {
+        self.first(|routine| {
+            self.supports(routine, problem, profile)?;
+            if routine == Routine::Mma { mma::takes(inputs, out.view()) } else { Ok(()) }
+        })
+    }
+
+    fn first(&self, takes: impl Fn(Routine) -> Result<(), Refusal>) -> Result<Routine> {
         let mut refusals = Vec::new();
         for routine in Routine::ALL {
-            match self.supports(routine, problem, profile) {
+            match takes(routine) {
                 Ok(()) => return Ok(routine),
                 Err(refusal) => refusals.push((routine, refusal)),
             }
@@ -136,7 +177,13 @@ impl LinearAttention {
     ) -> Result<State> {
         inputs.check(client, problem, self.state_shape(problem))?;
         check_out(client, problem, problem.out_shape(), out)?;
-        Ok(self.call(client, problem, inputs)?.attend(out))
+        let routine = self.routine(problem, &DeviceProfile::of(client), inputs, out)?;
+        if routine == Routine::Mma
+            && let Some(state) = mma::attend(client, problem, inputs, (self.window, self.chunk), out)?
+        {
+            return Ok(state);
+        }
+        Ok(Call::new(client, problem, inputs, self.geometry(problem)?, self.map).attend(out))
     }
 
     /// Adds the gradients of queries, keys and values to `gradients`, from that of the outputs (`f32` or of the problem's
@@ -165,7 +212,9 @@ impl LinearAttention {
             d_state.view().check(name, client, state_shape, Element::F32)?;
             d_state.view().check_contiguous(name)?;
         }
-        let d_start = self.call(client, problem, inputs)?.backward(d_out, d_state, gradients);
+        self.first_backward(client, problem)?;
+        let call = Call::new(client, problem, inputs, self.geometry(problem)?, self.map);
+        let d_start = call.backward(d_out, d_state, gradients);
         Ok(inputs.state.map(|_| d_start))
     }
 
@@ -198,19 +247,15 @@ impl LinearAttention {
         }
         state.check(client, self.state_shape(problem))?;
         check_out(client, problem, problem.out_shape(), out)?;
-        self.choose(problem, &DeviceProfile::of(client))?;
+        self.first_backward(client, problem)?;
         portable::step(client, problem, self.map, query, left.as_ref(), state, out);
         Ok(())
     }
 
-    fn call<'a>(
-        &self,
-        client: &'a Client,
-        problem: &'a Problem,
-        inputs: &'a LinearInputs<'a>,
-    ) -> Result<Call<'a>> {
-        self.choose(problem, &DeviceProfile::of(client))?;
-        Ok(Call::new(client, problem, inputs, self.geometry(problem)?, self.map))
+    /// The routine of the backward pass, and of steps.
+    fn first_backward(&self, client: &Client, problem: &Problem) -> Result<Routine> {
+        let profile = DeviceProfile::of(client);
+        self.first(|routine| self.supports_backward(routine, problem, &profile))
     }
 
     fn geometry(&self, problem: &Problem) -> Result<Geometry> {

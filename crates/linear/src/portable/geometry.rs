@@ -14,28 +14,28 @@ pub(crate) const LONGEST_CHUNK: usize = 1 << 16;
 /// after the last chunk, which may be cut short, is the state that the call leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
-    pub(super) batch: usize,
-    pub(super) heads: usize,
-    pub(super) kv_heads: usize,
-    pub(super) lists: usize,
-    pub(super) group: usize,
-    pub(super) query_len: usize,
-    pub(super) key_len: usize,
-    pub(super) head_dim: usize,
-    pub(super) value_dim: usize,
-    pub(super) features: usize,
+    pub(crate) batch: usize,
+    pub(crate) heads: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) lists: usize,
+    pub(crate) group: usize,
+    pub(crate) query_len: usize,
+    pub(crate) key_len: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) features: usize,
     /// Keys that leave the window of some row: `0..keys`.
-    pub(super) keys: usize,
+    pub(crate) keys: usize,
     /// Keys per chunk.
-    pub(super) chunk: usize,
+    pub(crate) chunk: usize,
     /// At least one, which may be without keys.
-    pub(super) chunks: usize,
+    pub(crate) chunks: usize,
     /// The index of the first query: the last key that it meets through the state.
-    pub(super) offset: i64,
+    pub(crate) offset: i64,
     /// The chunk of that index, counted from the first; negative before it.
-    pub(super) first_chunk: i64,
+    pub(crate) first_chunk: i64,
     /// Chunks from that one to the last query's.
-    pub(super) segments: usize,
+    pub(crate) segments: usize,
 }
 
 impl Geometry {

@@ -278,36 +278,59 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Turns the sums of chunks into what comes before each, or after; gives what is left in the end.
+    /// [`scan`], with this call's decays.
     fn scan(&self, sums: &Tensor<1>, start: Option<TensorView<'_, 4>>, backwards: bool) -> Tensor<4> {
-        let shape = self.geometry.state_shape();
-        let end = Tensor::empty(self.client, shape, Element::F32);
-        let numbers_per_list = self.geometry.features * self.geometry.value_dim;
-        let width = largest_divisor(numbers_per_list, 4);
-        let columns = numbers_per_list / width;
-        let scan = Scan { decays: self.blueprint.decays, starts: start.is_some(), backwards };
-        let (cubes, units) = grid(self.client, self.geometry.lists * columns);
-        // SAFETY: sums, start and end are contiguous and of the geometry's sizes.
-        unsafe {
-            scan_kernel::launch_unchecked(
-                self.client,
-                cubes,
-                units,
-                elements(sums.view()),
-                match start {
-                    Some(start) => elements(start),
-                    None => elements(self.query_norms.view()),
-                },
-                elements(end.view()),
-                elements(self.decays.view()),
-                numbers(&self.geometry),
-                columns as u32,
-                scan,
-                width,
-            );
-        }
-        end
+        let of = Scan { decays: self.blueprint.decays, starts: start.is_some(), backwards };
+        scan(self.client, &self.geometry, sums, start, &self.decays, of)
     }
+}
+
+/// What comes before each chunk, in the place of its sum, and what is left in the end; nothing decays.
+pub(crate) fn prefix(
+    client: &Client,
+    geometry: &Geometry,
+    sums: &Tensor<1>,
+    start: Option<TensorView<'_, 4>>,
+) -> State {
+    let no_decays = Tensor::empty(client, [4], Element::F32);
+    let of = Scan { decays: false, starts: start.is_some(), backwards: false };
+    State::of(scan(client, geometry, sums, start, &no_decays, of))
+}
+
+/// Turns the sums of chunks into what comes before each, or after; gives what is left in the end.
+fn scan(
+    client: &Client,
+    geometry: &Geometry,
+    sums: &Tensor<1>,
+    start: Option<TensorView<'_, 4>>,
+    decays: &Tensor<1>,
+    scan: Scan,
+) -> Tensor<4> {
+    let end = Tensor::empty(client, geometry.state_shape(), Element::F32);
+    let numbers_per_list = geometry.features * geometry.value_dim;
+    let width = largest_divisor(numbers_per_list, 4);
+    let columns = numbers_per_list / width;
+    let (cubes, units) = grid(client, geometry.lists * columns);
+    // SAFETY: sums, start and end are contiguous and of the geometry's sizes.
+    unsafe {
+        scan_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(sums.view()),
+            match start {
+                Some(start) => elements(start),
+                None => elements(decays.view()),
+            },
+            elements(end.view()),
+            elements(decays.view()),
+            numbers(geometry),
+            columns as u32,
+            scan,
+            width,
+        );
+    }
+    end
 }
 
 /// The norms of every row of a tensor; a few numbers that nothing reads where the feature map has none.
