@@ -17,5 +17,5 @@ mod project_mma;
 pub use assigned::{FixedRouter, RandomRouter};
 pub use calibration::Calibration;
 pub use linear::{LinearChoice, LinearGate, Threshold};
-pub use moment_gate::MomentGate;
+pub use moment_gate::{MomentGate, sources};
 pub use moments::{Covariance, HostMoments, Moments};

@@ -8,8 +8,13 @@ use bifocal_core::{
 use cubecl::client::Client;
 
 mod kernels;
+mod mma;
 
-use self::kernels::{Blueprint, NumbersLaunch, decide_kernel, predict_kernel};
+pub use self::mma::sources;
+use self::{
+    kernels::{Blueprint, NumbersLaunch, decide_kernel, predict_kernel},
+    mma::Bulks,
+};
 use crate::{
     launch::{outputs, over_quads, strides},
     moments::{Covariance, Moments, Prefix},
@@ -94,8 +99,8 @@ impl MomentGate {
     ///
     /// # Errors
     /// [`Error::Option`] with a softcap, under which scores are not normal, and with packed sequences; [`Error::Shape`] when
-    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
-    /// dims that the portable routine does not take; [`Error::TooLarge`]; as [`Inputs::check`].
+    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] when every routine refuses
+    /// ([`routine`](Self::routine)); [`Error::TooLarge`]; as [`Inputs::check`].
     pub fn predict(
         &self,
         client: &Client,
@@ -105,12 +110,19 @@ impl MomentGate {
     ) -> Result<Tensor<4>> {
         inputs.check(client, problem)?;
         let profile = DeviceProfile::of(client);
-        supports(problem, inputs, &profile)?;
+        takes(problem, inputs)?;
+        let routine = self.routine(problem, &profile, inputs, given)?;
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, .. } = *problem;
         // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
         let sinks = (self.sinks as usize).min(key_len);
         let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;
         let largest = (bulk + query_len as i64 - 1).max(0) as usize;
+        if routine == Routine::Mma {
+            let bulks = Bulks { first: bulk.max(-(1 << 30)), largest, sinks };
+            if let Some(predicted) = mma::predict(client, problem, inputs, bulks, self.chunk)? {
+                return Ok(predicted);
+            }
+        }
         let chunk = self.chunk.unwrap_or(largest.div_ceil(256).next_power_of_two().max(64)).min(key_len);
         let own;
         let (means, scatters, slots, given_lists, given_keys) = match given {
@@ -210,6 +222,58 @@ impl MomentGate {
         Ok(Decision { scores: Some(predicted), routes, counts })
     }
 
+    /// Whether `routine` can predict for `problem` on a device with this profile; if not, why. Needs no device. The routine
+    /// that a problem asks for is the attention's: it is looked at here only where that is the portable one.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why not.
+    pub fn supports(
+        &self,
+        routine: Routine,
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<(), Refusal> {
+        match routine {
+            Routine::Mma if problem.routine == Some(Routine::Portable) => Err(Refusal::NotAsked),
+            Routine::Mma => mma::supports(problem, self.covariance, profile),
+            Routine::Portable if !profile.elements.contains(&problem.element) => {
+                Err(Refusal::Element { element: problem.element, device: profile.elements.clone() })
+            }
+            // Queries of a tile live in a unit's private memory.
+            Routine::Portable if !(1..=512).contains(&problem.head_dim) => {
+                Err(Refusal::HeadDim { head_dim: problem.head_dim, supported: "1 to 512" })
+            }
+            Routine::Portable => Ok(()),
+            _ => Err(Refusal::NotImplemented),
+        }
+    }
+
+    /// The routine that [`predict`](Self::predict) takes: the fastest that can, which by given moments is the portable one.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every routine's reason when none can.
+    pub fn routine(
+        &self,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        inputs: &Inputs<'_>,
+        given: Option<&Moments>,
+    ) -> Result<Routine> {
+        let mut refusals = Vec::new();
+        for routine in Routine::ALL {
+            let takes = self.supports(routine, problem, profile).and_then(|()| match routine {
+                Routine::Mma if given.is_some() => Err(Refusal::NotImplemented),
+                Routine::Mma => mma::takes(inputs),
+                _ => Ok(()),
+            });
+            match takes {
+                Ok(()) => return Ok(routine),
+                Err(refusal) => refusals.push((routine, refusal)),
+            }
+        }
+        Err(Error::Refused { operator: "moment gate", refusals: Refusals(refusals) })
+    }
+
     fn check_given(&self, client: &Client, problem: &Problem, moments: &Moments) -> Result<()> {
         let Problem { batch, kv_heads, head_dim, .. } = *problem;
         let [of_batch, ..] = moments.mean.shape();
@@ -221,24 +285,14 @@ impl MomentGate {
     }
 }
 
-fn supports(problem: &Problem, inputs: &Inputs<'_>, profile: &DeviceProfile) -> Result<()> {
+/// Refuses what no routine predicts for.
+fn takes(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
     if let Some(cap) = problem.softcap {
         return Err(Error::option("softcap", cap, "none: scores under a softcap are not normal"));
     }
     if inputs.sequences.is_some() {
         let expected = "none: moments are those of a batch entry's keys";
         return Err(Error::option("packed sequences", "given", expected));
-    }
-    let refuse = |refusal| {
-        let refusals = Refusals(vec![(Routine::Portable, refusal)]);
-        Err(Error::Refused { operator: "moment gate", refusals })
-    };
-    if !profile.elements.contains(&problem.element) {
-        return refuse(Refusal::Element { element: problem.element, device: profile.elements.clone() });
-    }
-    // Queries of a tile live in a unit's private memory.
-    if !(1..=512).contains(&problem.head_dim) {
-        return refuse(Refusal::HeadDim { head_dim: problem.head_dim, supported: "1 to 512" });
     }
     Ok(())
 }

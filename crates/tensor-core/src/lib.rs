@@ -1,5 +1,6 @@
 //! What kernels on the tensor cores of NVIDIA GPUs are made of, whatever they compute: instructions as functions
-//! ([`ptx`]), tiles in shared memory and the copies that fill them ([`copies`]), kernels as CUDA C++ ([`source`]).
+//! ([`ptx`]), tiles in shared memory and the copies that fill them ([`copies`], [`queries`]), matrices that a cube sums up
+//! ([`sums`]), kernels as CUDA C++ ([`source`]).
 //!
 //! Fragments of `mma.sync` (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"): of every 16 rows a warp's
 //! thread holds two, `lane / 4` and 8 more, and of every 8 columns two, from `lane % 4 * 2` on.
@@ -9,7 +10,9 @@
 
 pub mod copies;
 pub mod ptx;
+pub mod queries;
 pub mod source;
+pub mod sums;
 
 use bifocal_core::{Element, Refusal, device::TensorView};
 use cubecl::prelude::*;

@@ -1,13 +1,13 @@
 //! What the kernels are compiled for, and how a problem is cut. Sizes are decided here and nowhere else.
 
 use bifocal_core::{DeviceProfile, Problem, Window};
-use bifocal_tensor_core::{Operand, PANEL, SWIZZLE};
+use bifocal_tensor_core::{Operand, PANEL, SWIZZLE, copies::Tile, queries::QueryShape, sums::SumsShape};
 
 use crate::portable::geometry::LONGEST_CHUNK;
 
-/// Warps of a cube. Together they hold a state in their registers: 128 numbers per thread at head dim 128.
-pub(super) const WARPS: usize = 8;
-/// Threads of a cube.
+/// Warps of a cube.
+const WARPS: usize = 8;
+/// Threads of a cube, whose warps together hold a state in their registers: 128 numbers per thread at head dim 128.
 pub(super) const THREADS: usize = 32 * WARPS;
 /// Rows of a warp's outputs: the more the less often a state is read from shared memory.
 pub(super) const WARP_ROWS: usize = 32;
@@ -68,14 +68,20 @@ impl Blueprint {
         2 * self.dim
     }
 
-    /// Features whose sums a warp holds.
-    pub(super) const fn warp_features(self) -> usize {
-        self.features() / WARPS
+    /// The state.
+    pub(super) const fn sums(self) -> SumsShape {
+        SumsShape {
+            operand: self.operand,
+            rows: self.features(),
+            columns: self.dim,
+            keys: self.tokens,
+            warps: WARPS,
+        }
     }
 
-    /// Blocks of 16 of them, and of 8 columns.
-    pub(super) const fn state_blocks(self) -> [usize; 2] {
-        [self.warp_features() / 16, self.dim / 8]
+    /// A tile of queries.
+    pub(super) const fn queries(self) -> QueryShape {
+        QueryShape { tile: Tile { rows: self.rows, dim: self.dim, threads: THREADS }, tokens: self.tokens }
     }
 
     /// Warps that share the rows of a tile, and those that share its columns.
@@ -117,7 +123,7 @@ impl Blueprint {
     }
 
     pub(super) const fn query_features_at(self) -> u32 {
-        self.state_at() + Self::tile_bytes(self.features(), self.dim) as u32
+        self.state_at() + self.sums().bytes()
     }
 
     pub(super) const fn query_at(self) -> u32 {

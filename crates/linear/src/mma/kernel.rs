@@ -7,14 +7,15 @@
 use bifocal_tensor_core::{
     copies::{Source, Tile, copy_tile},
     ptx::{copies_wait_all, global_address, shared_address},
+    queries::Queries,
+    sums::Sums,
 };
 use cubecl::prelude::*;
 
 use super::{
     blueprint::{Blueprint, THREADS},
     features::map_rows,
-    rows::{Queries, Rows},
-    state::Sums,
+    rows::Rows,
 };
 use crate::portable::{Strides, offset};
 
@@ -101,7 +102,7 @@ pub(super) fn sum_kernel<E: Float>(
         end,
     };
     let steps = (end - begin).div_ceil(comptime![blueprint.tokens as u32]);
-    let mut sums_of_chunk = Sums::new(blueprint);
+    let mut sums_of_chunk = Sums::new(comptime![blueprint.sums()]);
     if steps > 0u32 {
         keys.copy(0u32, start, blueprint);
     }
@@ -114,10 +115,21 @@ pub(super) fn sum_kernel<E: Float>(
         if step + 1u32 < steps {
             keys.copy(step + 1u32, start, blueprint);
         }
-        sums_of_chunk.add_keys(start, value_of(step, start, blueprint), blueprint);
+        sums_of_chunk.add_keys(start, value_of(step, start, blueprint), comptime![blueprint.sums()]);
     }
     let base = (list * numbers.chunks + chunk) * comptime![(blueprint.features() * blueprint.dim) as u32];
-    sums_of_chunk.store(global_address::<f32>(sums.as_ptr()), base, blueprint);
+    sums_of_chunk.store(global_address::<f32>(sums.as_ptr()), base, comptime![blueprint.sums()]);
+}
+
+/// Rounds the state to where rows read it. Gives what they have to multiply by.
+#[cube]
+fn publish(state: &Sums, start: u32, #[comptime] blueprint: Blueprint) -> f32 {
+    state.publish(
+        start + comptime![blueprint.state_at()],
+        start + comptime![blueprint.maxima_at()],
+        1usize,
+        comptime![blueprint.sums()],
+    )
 }
 
 /// One cube, one chunk of a kv head, step by step: the outputs of the queries whose indices lie in the step, from the state
@@ -162,25 +174,31 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     };
     // The chunk of the last query ends with it.
     let end = min(end, numbers.offset + numbers.query_len as i32);
+    let first_head = kv_head * numbers.group;
+    let list_start = offset(&query_strides, batch, first_head, 0u32);
     let queries = Queries {
-        address: global_address::<E>(query.as_ptr()),
-        batch,
-        head: kv_head * numbers.group,
+        address: global_address::<E>(query.as_ptr()) + list_start as u64 * 2u64,
+        head_stride: query_strides.head,
+        token_stride: query_strides.token,
         group: numbers.group,
         begin: begin - numbers.offset,
         end: end - numbers.offset,
     };
     let steps = ((end - begin) as u32).div_ceil(tokens);
-    let tiles = (tokens * numbers.group).div_ceil(comptime![blueprint.rows as u32]);
+    let tiles = queries.tiles(comptime![blueprint.queries()]);
+    let target = offset(&out_strides, batch, first_head, 0u32) as u64
+        * comptime![if blueprint.out_f32 { 4u64 } else { 2u64 }];
+    let target = global_address::<O>(out.as_ptr()) + target;
+    let query_room = start + comptime![blueprint.query_at()];
 
-    queries.copy(0u32, 0u32, start, &query_strides, blueprint);
+    queries.copy(0u32, 0u32, query_room, comptime![blueprint.queries()]);
     keys.copy(0u32, start, blueprint);
-    let mut state = Sums::new(blueprint);
+    let mut state = Sums::new(comptime![blueprint.sums()]);
     // Before the first chunk is what came in.
     let base = (list * numbers.chunks + max(chunk, 0i32) as u32)
         * comptime![(blueprint.features() * blueprint.dim) as u32];
-    state.load(global_address::<f32>(states.as_ptr()), base, blueprint);
-    let mut descale = state.publish(&room, blueprint);
+    state.load(global_address::<f32>(states.as_ptr()), base, comptime![blueprint.sums()]);
+    let mut descale = publish(&state, start, blueprint);
 
     let mut step = 0u32;
     let mut tile = 0u32;
@@ -189,7 +207,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
         copies_wait_all();
         sync_cube();
         map_rows(
-            start + comptime![blueprint.query_at()],
+            query_room,
             start + comptime![blueprint.query_features_at()],
             comptime![blueprint.rows],
             blueprint,
@@ -202,7 +220,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
         if turn + 1u32 < steps * tiles {
             let next_step = select(last, step + 1u32, step);
             let next_tile = select(last, 0u32, tile + 1u32);
-            queries.copy(next_step, next_tile, start, &query_strides, blueprint);
+            queries.copy(next_step, next_tile, query_room, comptime![blueprint.queries()]);
             if last {
                 keys.copy(next_step, start, blueprint);
             }
@@ -213,11 +231,11 @@ pub(super) fn read_kernel<E: Float, O: Float>(
         rows.add_state(tile, start, descale, &queries, blueprint);
         sync_cube();
         rows.add_keys(tile, values, start, &queries, blueprint);
-        rows.store::<O>(step, tile, global_address::<O>(out.as_ptr()), &queries, &out_strides, blueprint);
+        rows.store(step, tile, target, &queries, &out_strides, blueprint);
         if last {
             if step + 1u32 < steps {
-                state.add_keys(start, values, blueprint);
-                descale = state.publish(&room, blueprint);
+                state.add_keys(start, values, comptime![blueprint.sums()]);
+                descale = publish(&state, start, blueprint);
             }
         }
         step = select(last, step + 1u32, step);

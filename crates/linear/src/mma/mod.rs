@@ -10,7 +10,6 @@ mod features;
 mod kernel;
 mod rows;
 mod source;
-mod state;
 
 use bifocal_core::{
     DeviceProfile, Element, FeatureMap, Problem, Refusal, Result, Window,

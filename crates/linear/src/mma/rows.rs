@@ -5,88 +5,21 @@
 #![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
 
 use bifocal_tensor_core::{
-    Operand, PANEL, SWIZZLE, across,
-    copies::{Tile, place},
-    down,
+    Operand, PANEL, SWIZZLE, across, down,
     ptx::{
-        copy_16_or_zeros, load_matrices, load_shared_word, load_transposed, pack, product, store_8,
-        store_pair, store_shared_word, unpack,
+        load_matrices, load_shared_word, load_transposed, pack, product, store_8, store_pair,
+        store_shared_word, unpack,
     },
+    queries::Queries,
     swizzled,
 };
 use cubecl::prelude::*;
 
-use super::blueprint::{Blueprint, STEP, THREADS, WARP_ROWS};
+use super::blueprint::{Blueprint, STEP, WARP_ROWS};
 use crate::portable::{Strides, offset};
 
 /// Blocks of 16 rows that a warp has.
 const BLOCKS: usize = WARP_ROWS / 16;
-
-/// The queries of a kv head's heads whose indices lie in a chunk.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(super) struct Queries {
-    pub(super) address: u64,
-    pub(super) batch: u32,
-    /// The first head, and how many there are.
-    pub(super) head: u32,
-    pub(super) group: u32,
-    /// The token of the chunk's first index, which may be negative, and one past that of its last.
-    pub(super) begin: i32,
-    pub(super) end: i32,
-}
-
-/// A row of a tile.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-struct Row {
-    /// The number of its token in the step: that of the last key that it meets.
-    number: u32,
-    token: u32,
-    head: u32,
-    /// Whether there is such a query. Token and head are some query's where there is none.
-    there: bool,
-}
-
-#[cube]
-impl Queries {
-    fn row(&self, step: u32, tile: u32, row: u32, #[comptime] blueprint: Blueprint) -> Row {
-        let packed = tile * comptime![blueprint.rows as u32] + row;
-        let number = packed / self.group;
-        let tokens = comptime![blueprint.tokens as u32];
-        let token = self.begin + (step * tokens + number) as i32;
-        let there = number < tokens && token >= 0i32 && token < self.end;
-        Row { number, token: select(there, token, 0i32) as u32, head: self.head + packed % self.group, there }
-    }
-
-    /// Starts the copies of a tile. Rows that are not there are zeros.
-    pub(super) fn copy(
-        &self,
-        step: u32,
-        tile: u32,
-        start: u32,
-        strides: &Strides,
-        #[comptime] blueprint: Blueprint,
-    ) {
-        let shape = comptime![Tile { rows: blueprint.rows, dim: blueprint.dim, threads: THREADS }];
-        let at_once = comptime![shape.rows_at_once(0)];
-        let place = place(UNIT_POS, 0usize, shape);
-        let room = start + comptime![blueprint.query_at()] + place.offset;
-        for pass in 0..comptime![(blueprint.rows / at_once) as u32] {
-            let row = self.row(step, tile, place.row + pass * comptime![at_once as u32], blueprint);
-            let from = offset(strides, self.batch, row.head, row.token) as u64 * 2u64;
-            let from = self.address + from + (place.column * 16u32) as u64;
-            #[unroll]
-            for panel in 0..comptime![shape.panels()] {
-                copy_16_or_zeros(
-                    room + pass * comptime![(at_once * SWIZZLE) as u32] + comptime![shape.at(panel, 0)],
-                    from + comptime![(panel * SWIZZLE) as u64],
-                    select(row.there, 16u32, 0u32),
-                );
-            }
-        }
-    }
-}
 
 /// The outputs of a warp: 32 rows, some columns. Warps are numbered row group by row group.
 #[derive(CubeType)]
@@ -328,12 +261,12 @@ impl Rows {
         }
     }
 
-    /// Writes the outputs.
-    pub(super) fn store<O: Float>(
+    /// Writes the outputs, those of the first head and token 0 to `target`.
+    pub(super) fn store(
         &self,
         step: u32,
         tile: u32,
-        out: u64,
+        target: u64,
         queries: &Queries,
         strides: &Strides,
         #[comptime] blueprint: Blueprint,
@@ -344,8 +277,8 @@ impl Rows {
         #[unroll]
         for row in 0..comptime![2 * BLOCKS] {
             let at = self.first + lane / 4u32 + comptime![row as u32 * 8];
-            let to = queries.row(step, tile, at, blueprint);
-            let begin = offset(strides, queries.batch, to.head, to.token) as u32 + first;
+            let to = queries.row(step, tile, at, comptime![blueprint.queries()]);
+            let begin = offset(strides, 0u32, to.head, to.token) as u32 + first;
             #[unroll]
             for pair in 0..comptime![columns / 2] {
                 let left = self.blocks[comptime![row / 2 * columns + pair * 2]];
@@ -353,7 +286,7 @@ impl Rows {
                 let at = comptime![row % 2 * 2];
                 if comptime![blueprint.out_f32] {
                     let target =
-                        out + (begin + lane % 4u32 * 2u32 + comptime![pair as u32 * 16]) as u64 * 4u64;
+                        target + (begin + lane % 4u32 * 2u32 + comptime![pair as u32 * 16]) as u64 * 4u64;
                     if to.there {
                         store_pair(target, left.extract(at), left.extract(comptime![at + 1]));
                         store_pair(target + 32u64, right.extract(at), right.extract(comptime![at + 1]));
@@ -366,7 +299,7 @@ impl Rows {
                     let odd = lane % 2u32 == 1u32;
                     let other = plane_shuffle_xor(select(odd, near, far), 1u32);
                     let column = lane % 2u32 * 8u32 + lane % 4u32 / 2u32 * 4u32;
-                    let target = out + (begin + column + comptime![pair as u32 * 16]) as u64 * 2u64;
+                    let target = target + (begin + column + comptime![pair as u32 * 16]) as u64 * 2u64;
                     if to.there {
                         store_8(target, select(odd, other, near), select(odd, far, other));
                     }
