@@ -106,7 +106,10 @@ fn linear_cases(profile: &DeviceProfile) -> impl Strategy<Value = LinearCase> + 
     // Most windows are short enough for keys to leave them.
     let windows = prop_oneof![3 => 1..20usize, 1 => 20..100usize, 1 => Just(4096)];
     let decays = prop_oneof![2 => Just(None), 1 => any::<bool>().prop_map(Some)];
-    let options = (windows, select(FeatureMap::ALL.to_vec()), chunks, decays, any::<bool>());
+    // Tensor cores compute softmax pairs alone.
+    let pairs = if profile.cuda_arch.is_some() { 3 } else { 0 };
+    let maps = prop_oneof![pairs => Just(FeatureMap::SoftmaxPair), 3 => select(FeatureMap::ALL.to_vec())];
+    let options = (windows, maps, chunks, decays, any::<bool>());
     (cases(profile), options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
         let (head_dim, value_dim) = if shaders { (32, 32) } else { (case.head_dim, case.value_dim) };
         // Without a softmax, large numbers leave what f16 holds.
@@ -179,7 +182,7 @@ impl LinearData {
     }
 
     /// Query, key and value for the oracle, and what it depends on besides.
-    fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
+    fn oracle<F: Float>(&self, round: fn(F) -> F) -> ([Array<F, 4>; 3], LinearOptions<F>) {
         let case = &self.of.case;
         let data = &self.data;
         let q = array(data.query_shape(), &data.query);
@@ -193,17 +196,18 @@ impl LinearData {
                 .as_ref()
                 .map(|decays| array([case.batch, case.kv_heads, case.key_len], decays)),
             state: self.state.as_ref().map(|state| array(self.of.state_shape(), state)),
+            round,
         };
         ([q, k, v], options)
     }
 
-    fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
-        let ([q, k, v], options) = self.oracle();
+    fn forward<F: Float>(&self, round: fn(F) -> F) -> reference::LinearOutput<F> {
+        let ([q, k, v], options) = self.oracle(round);
         reference::linear_attention(&q, &k, &v, &options)
     }
 
     fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
-        let ([q, k, v], options) = self.oracle();
+        let ([q, k, v], options) = self.oracle(|x| x);
         let d_out = array(self.of.case.problem().out_shape(), d_out);
         let d_state = array(self.of.state_shape(), &self.d_state);
         let found = reference::linear_attention_backward(&q, &k, &v, &options, &d_out, &d_state);
@@ -222,6 +226,21 @@ impl LinearCase {
 
     fn state_shape(&self) -> [usize; 4] {
         self.operator().state_shape(&self.case.problem())
+    }
+
+    /// Whether products may take features, weights and states rounded to the inputs' type, as they do on tensor cores.
+    fn may_round(&self) -> bool {
+        self.case.may_round_weights() && self.map == FeatureMap::SoftmaxPair && self.decays.is_none()
+    }
+
+    /// What a plain computation does to features and states.
+    fn round(&self) -> fn(f32) -> f32 {
+        if self.may_round() { self.case.round_weight() } else { |x| x }
+    }
+
+    /// The type that an answer has been rounded to on its way: its own, or that of what was multiplied.
+    fn rounded_to(&self, element: Element) -> Element {
+        if self.may_round() { self.case.element } else { element }
     }
 }
 
@@ -305,10 +324,10 @@ fn linear_attention_equals_the_oracle(device: &Device, effort: Effort) -> Result
     refute(effort, (linear_cases(&device.profile), any::<bool>()), |(of, swapped)| {
         let data = LinearData::new(&of);
         let [out, state] = attend(device, &of, &data.upload(device, swapped)?)?;
-        let (exact, plain) = (data.forward::<f64>(), data.forward::<f32>());
-        Bound::new(exact.out.into_vec(), plain.out.as_slice(), of.case.out_element())
-            .accepts("output", &out)?;
-        Bound::new(exact.state.into_vec(), plain.state.as_slice(), Element::F32).accepts("state", &state)
+        let (exact, plain) = (data.forward::<f64>(|x| x), data.forward::<f32>(of.round()));
+        let [of_out, of_state] = [of.case.out_element(), Element::F32].map(|element| of.rounded_to(element));
+        Bound::new(exact.out.into_vec(), plain.out.as_slice(), of_out).accepts("output", &out)?;
+        Bound::new(exact.state.into_vec(), plain.state.as_slice(), of_state).accepts("state", &state)
     })
 }
 
@@ -324,7 +343,7 @@ fn chunks_of_linear_attention_do_not_matter(device: &Device, effort: Effort) -> 
         for (what, (whole, parts), element) in
             [("output", (&whole[0], &parts[0]), element), ("state", (&whole[1], &parts[1]), Element::F32)]
         {
-            agree(what, whole, parts, element)?;
+            agree(what, whole, parts, of.rounded_to(element))?;
         }
         let whole = differentiate(device, &data, &on, &d_out, 1)?;
         let parts = differentiate(device, &cut, &on, &d_out, 1)?;
@@ -392,7 +411,8 @@ fn a_state_carries_over(device: &Device, effort: Effort) -> Result<(), String> {
         let second = part(&data, Some(state), (at, kept, length));
         let [tail, state] = attend(device, &second.of, &second.upload(device, false)?)?;
         let (dim, element) = (of.case.value_dim, of.case.out_element());
-        agree("state", &whole[1], &state, Element::F32)?;
+        agree("state", &whole[1], &state, of.rounded_to(Element::F32))?;
+        let element = of.rounded_to(element);
         agree("output before the cut", &cut(&whole[0], length, 0, at, dim), &head, element)?;
         agree("output after the cut", &cut(&whole[0], length, at, length, dim), &tail, element)
     })
@@ -462,8 +482,9 @@ fn a_step_is_the_last_row(device: &Device, effort: Effort) -> Result<(), String>
             let whole = part(&data, data.state.clone(), (0, 0, token + 1));
             let [rows, end] = attend(device, &whole.of, &whole.upload(device, false)?)?;
             let last = cut(&rows, token + 1, token, token + 1, of.case.value_dim);
-            agree("output", &last, &run(out.to_f32(client))?, of.case.out_element())?;
-            agree("state", &end, &run(state.to_f32(client))?, Element::F32)?;
+            let element = of.rounded_to(of.case.out_element());
+            agree("output", &last, &run(out.to_f32(client))?, element)?;
+            agree("state", &end, &run(state.to_f32(client))?, of.rounded_to(Element::F32))?;
         }
         Ok(())
     })
@@ -596,6 +617,7 @@ fn oracle_rattention<F: Float>(
     near: &Data,
     scales: &[Vec<f32>; 2],
     d_out: &[f32],
+    round_far: fn(F) -> F,
     rounds: bool,
 ) -> [Vec<F>; 8] {
     let case = &data.of.case;
@@ -605,7 +627,7 @@ fn oracle_rattention<F: Float>(
         let rounded = |x: F| round(case.element, x.to_f32().unwrap_or(f32::NAN));
         partial.out = partial.out.map(|x| F::from(rounded(x)).unwrap_or(F::nan()));
     }
-    let ([q, k, v], options) = data.oracle::<F>();
+    let ([q, k, v], options) = data.oracle(round_far);
     let far = reference::linear_attention(&q, &k, &v, &options).out;
     let scales = [NormData::scale::<F>(case, &scales[0]), NormData::scale::<F>(case, &scales[1])];
     let epsilon = F::from(1e-8f32).expect("a float");
@@ -673,8 +695,8 @@ fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), S
         ];
         let names =
             ["output", "near query", "near key", "value", "far query", "far key", "near scale", "far scale"];
-        let exact = oracle_rattention::<f64>(&data, &near, &scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(&data, &near, &scales, &d_out, true);
+        let exact = oracle_rattention::<f64>(&data, &near, &scales, &d_out, |x| x, false);
+        let plain = oracle_rattention::<f32>(&data, &near, &scales, &d_out, of.round(), true);
         for (at, (exact, plain)) in exact.into_iter().zip(&plain).enumerate() {
             let element = if at == 0 { case.out_element() } else { case.element };
             Bound::new(exact, plain, element).accepts(names[at], &found[at])?;

@@ -59,40 +59,42 @@ struct Keys {
     pivot: Array<f32>,
 }
 
+/// The keys of a list's chunk.
 #[cube]
-impl Keys {
-    fn new<E: Float>(
-        key: &[E],
-        list: u32,
-        begin: i32,
-        end: u32,
-        strides: &Strides,
-        numbers: &Numbers,
-        #[comptime] blueprint: Blueprint,
-    ) -> Keys {
-        let start = offset(strides, list / numbers.kv_heads, list % numbers.kv_heads, numbers.sinks);
-        let address = global_address::<E>(key.as_ptr()) + start as u64 * 2u64;
-        let source = Source { address, stride: strides.token };
-        let panels = comptime![blueprint.dim / PANEL];
-        let mut pivot = Array::<f32>::new(comptime![panels * 8]);
-        let from = address + (numbers.pivot * strides.token) as u64 * 2u64 + (UNIT_POS % 8u32 * 16u32) as u64;
+fn keys_of<E: Float>(
+    key: &[E],
+    list: u32,
+    begin: i32,
+    end: u32,
+    strides: &Strides,
+    numbers: &Numbers,
+    #[comptime] blueprint: Blueprint,
+) -> Keys {
+    let start = offset(strides, list / numbers.kv_heads, list % numbers.kv_heads, numbers.sinks);
+    let address = global_address::<E>(key.as_ptr()) + start as u64 * 2u64;
+    let source = Source { address, stride: strides.token };
+    let panels = comptime![blueprint.dim / PANEL];
+    let mut pivot = Array::<f32>::new(comptime![panels * 8]);
+    let from = address + (numbers.pivot * strides.token) as u64 * 2u64 + (UNIT_POS % 8u32 * 16u32) as u64;
+    #[unroll]
+    for panel in 0..panels {
+        let words = load_16(from + comptime![(panel * SWIZZLE) as u64]);
         #[unroll]
-        for panel in 0..panels {
-            let words = load_16(from + comptime![(panel * SWIZZLE) as u64]);
+        for i in 0..4usize {
+            let pair = unpack(words.extract(i), comptime![blueprint.operand]);
             #[unroll]
-            for i in 0..4usize {
-                let pair = unpack(words.extract(i), comptime![blueprint.operand]);
-                #[unroll]
-                for half in 0..2usize {
-                    // Any number will do, but one that is not finite would reach rows whose bulk it is not in.
-                    let x = pair.extract(half);
-                    pivot[comptime![panel * 8 + 2 * i + half]] = select(x.abs() <= f32::MAX, x, 0.0f32);
-                }
+            for half in 0..2usize {
+                // Any number will do, but one that is not finite would reach rows whose bulk it is not in.
+                let x = pair.extract(half);
+                pivot[comptime![panel * 8 + 2 * i + half]] = select(x.abs() <= f32::MAX, x, 0.0f32);
             }
         }
-        Keys { source, begin, end, pivot }
     }
+    Keys { source, begin, end, pivot }
+}
 
+#[cube]
+impl Keys {
     /// Where the keys of a step are.
     fn room(&self, step: u32, start: u32, #[comptime] blueprint: Blueprint) -> u32 {
         start + step % 2u32 * comptime![blueprint.key_bytes()]
@@ -264,7 +266,7 @@ pub(super) fn sum_kernel<E: Float>(
     let start = shared_address(&room);
     let begin = chunk * numbers.chunk;
     let end = min(begin + numbers.chunk, numbers.keys);
-    let keys = Keys::new::<E>(key, list, begin as i32, end, &strides, &numbers, blueprint);
+    let keys = keys_of::<E>(key, list, begin as i32, end, &strides, &numbers, blueprint);
     let steps = (end - begin).div_ceil(comptime![blueprint.tokens as u32]);
     let mut summed = Summed::new(blueprint);
     if steps > 0u32 {
@@ -428,7 +430,7 @@ pub(super) fn predict_kernel<E: Float>(
     let begin = chunk * numbers.chunk as i32;
     let end = begin + numbers.chunk as i32;
     let key_end = max(min(end, numbers.keys as i32), 0i32) as u32;
-    let keys = Keys::new::<E>(key, list, begin, key_end, &key_strides, &numbers, blueprint);
+    let keys = keys_of::<E>(key, list, begin, key_end, &key_strides, &numbers, blueprint);
     // The chunk of the last query ends with it.
     let end = min(end, numbers.offset + numbers.query_len as i32);
     let list_start = offset(&query_strides, batch, first_head, 0u32);
@@ -482,8 +484,8 @@ pub(super) fn predict_kernel<E: Float>(
 
         let mut rows = meet_sums(&mine, start, descale, blueprint);
         let of_row = warp_row + lane / 4u32;
-        let upper = queries.row(step, tile, of_row, comptime![blueprint.queries()]);
-        let lower = queries.row(step, tile, of_row + 8u32, comptime![blueprint.queries()]);
+        let upper = queries.row(step, tile, of_row, comptime![blueprint.queries()]).number;
+        let lower = queries.row(step, tile, of_row + 8u32, comptime![blueprint.queries()]).number;
         let last_row =
             queries.row(step, tile, warp_row + comptime![STEP as u32 - 1], comptime![blueprint.queries()]);
         // Keys after those of the last row are nobody's.
@@ -519,7 +521,7 @@ pub(super) fn predict_kernel<E: Float>(
             #[unroll]
             for i in 0..8usize {
                 let half = comptime![i / 2 % 2];
-                let number = if comptime![half == 0] { upper.number } else { lower.number };
+                let number = if comptime![half == 0] { upper } else { lower };
                 let at = block * comptime![STEP as u32] + lane % 4u32 * 2u32;
                 let at = at + comptime![(i / 4 * 8 + i % 2) as u32];
                 let score = scores[comptime![i / 4]].extract(comptime![i % 4]) - rows.pivots[half];
@@ -533,7 +535,8 @@ pub(super) fn predict_kernel<E: Float>(
         for half in 0..2usize {
             let first = over_row(rows.firsts[half]);
             let squares = over_row(rows.squares[half]);
-            let row = if comptime![half == 0] { upper } else { lower };
+            let at = of_row + comptime![half as u32 * 8];
+            let row = queries.row(step, tile, at, comptime![blueprint.queries()]);
             let bulk = row.token as i32 + numbers.offset + 1i32;
             let mass = mass_of(rows.pivots[half], first, squares, bulk, &numbers);
             if row.there && lane % 4u32 == 0u32 {
