@@ -47,14 +47,17 @@ pub(super) fn map_rows(raw: u32, features: u32, #[comptime] rows: usize, #[compt
             top = max(top, plane_shuffle_xor(top, comptime![1u32 << i]));
             bottom = min(bottom, plane_shuffle_xor(bottom, comptime![1u32 << i]));
         }
+        // How these round is the same for a whole row, and so goes with its norm.
+        let highest = -top * std::f32::consts::LOG2_E;
+        let lowest = bottom * std::f32::consts::LOG2_E;
         let mut plus = Array::<f32>::new(comptime![panels * 8]);
         let mut minus = Array::<f32>::new(comptime![panels * 8]);
         let mut above = f32::new(0.0);
         let mut below = f32::new(0.0);
         #[unroll]
         for i in 0..comptime![panels * 8] {
-            plus[i] = exp2_fast((x[i] - top) * std::f32::consts::LOG2_E);
-            minus[i] = exp2_fast((bottom - x[i]) * std::f32::consts::LOG2_E);
+            plus[i] = exp2_fast(fma(x[i], std::f32::consts::LOG2_E, highest));
+            minus[i] = exp2_fast(fma(x[i], -std::f32::consts::LOG2_E, lowest));
             above += plus[i];
             below += minus[i];
         }
