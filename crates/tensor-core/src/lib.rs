@@ -5,8 +5,9 @@
 //! Fragments of `mma.sync` (PTX ISA, "Matrix Fragments for mma.m16n8k16 with floating point type"): of every 16 rows a warp's
 //! thread holds two, `lane / 4` and 8 more, and of every 8 columns two, from `lane % 4 * 2` on.
 
-// In a kernel `%` is one instruction, and `is_multiple_of` is not there.
-#![allow(clippy::manual_is_multiple_of)]
+// In a kernel `%` is one instruction, and `is_multiple_of` is not there. What `#[cube]` makes of a documented item has no
+// documentation.
+#![allow(clippy::manual_is_multiple_of, missing_docs)]
 
 pub mod copies;
 pub mod ptx;

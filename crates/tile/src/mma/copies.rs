@@ -1,7 +1,7 @@
 //! Copies of keys, values and rows from global to shared memory.
 
 use bifocal_tensor_core::SWIZZLE;
-pub(super) use bifocal_tensor_core::copies::{Place, Source, Tile, copy_tile, place};
+pub(super) use bifocal_tensor_core::copies::{Source, Tile, copy_tile, place};
 use cubecl::prelude::*;
 
 use crate::{

@@ -7,7 +7,7 @@
 
 pub(super) use bifocal_tensor_core::{
     across, down,
-    ptx::{copies_commit, copies_wait, copies_wait_all},
+    ptx::{copies_commit, copies_wait, copies_wait_all, copy_16_or_zeros},
 };
 use cubecl::prelude::*;
 
