@@ -110,9 +110,9 @@ impl Blueprint {
         2 * self.key_bytes()
     }
 
-    /// The matrix in two parts.
+    /// The matrix in two parts, behind differences in two parts.
     pub(super) const fn matrix_at(self) -> u32 {
-        self.differences_at() + self.key_bytes()
+        self.differences_at() + 2 * self.key_bytes()
     }
 
     pub(super) const fn query_at(self) -> u32 {

@@ -113,7 +113,8 @@ impl Keys {
         copy_tile(UNIT_POS, &self.source, first, self.end, room, comptime![blueprint.keys()]);
     }
 
-    /// Writes the differences of a step's keys from the pivot, rounded; zeros for keys beyond the chunk.
+    /// Writes the differences of a step's keys from the pivot, rounded, and what rounding took away; zeros for keys beyond the
+    /// chunk.
     fn subtract(&self, step: u32, start: u32, #[comptime] blueprint: Blueprint) {
         let operand = comptime![blueprint.operand];
         let factor = comptime![blueprint.factor()];
@@ -129,20 +130,22 @@ impl Keys {
                 let further = comptime![blueprint.keys().at(panel, 0)];
                 let words = load_shared_words(from + at + further);
                 let mut found = Array::<u32>::new(4usize);
+                let mut left = Array::<u32>::new(4usize);
                 #[unroll]
                 for i in 0..4usize {
                     let pair = unpack(words.extract(i), operand);
-                    let near = pair.extract(0usize) - self.pivot[comptime![panel * 8 + 2 * i]];
-                    let far = pair.extract(1usize) - self.pivot[comptime![panel * 8 + 2 * i + 1]];
-                    found[i] = select(there, pack(near * factor, far * factor, operand), 0u32);
+                    let near = (pair.extract(0usize) - self.pivot[comptime![panel * 8 + 2 * i]]) * factor;
+                    let far = (pair.extract(1usize) - self.pivot[comptime![panel * 8 + 2 * i + 1]]) * factor;
+                    let word = pack(near, far, operand);
+                    let rounded = unpack(word, operand);
+                    let rest = pack(near - rounded.extract(0usize), far - rounded.extract(1usize), operand);
+                    found[i] = select(there, word, 0u32);
+                    left[i] = select(there, rest, 0u32);
                 }
-                store_shared_words(
-                    start + comptime![blueprint.differences_at()] + at + further,
-                    found[0],
-                    found[1],
-                    found[2],
-                    found[3],
-                );
+                let to = start + comptime![blueprint.differences_at()] + at + further;
+                store_shared_words(to, found[0], found[1], found[2], found[3]);
+                let to = to + comptime![blueprint.key_bytes()];
+                store_shared_words(to, left[0], left[1], left[2], left[3]);
             }
         }
     }
@@ -181,7 +184,11 @@ impl Summed {
     /// Adds the differences of a step.
     fn add(&mut self, start: u32, #[comptime] blueprint: Blueprint) {
         let differences = start + comptime![blueprint.differences_at()];
+        let rest = differences + comptime![blueprint.key_bytes()];
+        // What both roundings took away is too little to count.
         self.products.add_keys(differences, differences, comptime![blueprint.sums()]);
+        self.products.add_keys(differences, rest, comptime![blueprint.sums()]);
+        self.products.add_keys(rest, differences, comptime![blueprint.sums()]);
         let element = comptime![blueprint.operand.name()];
         let ones = u32::new(comptime![match blueprint.operand {
             Operand::F16 => 0x3c00_3c00i64,
@@ -191,17 +198,21 @@ impl Summed {
         let panel = first / comptime![PANEL as u32] * comptime![(blueprint.tokens * SWIZZLE) as u32];
         let at = differences + panel + (down(UNIT_POS % 32u32) ^ (first % comptime![PANEL as u32] * 2u32));
         for step in 0..comptime![(blueprint.tokens / STEP) as u32] {
-            let turned = load_transposed(at + step * comptime![(STEP * SWIZZLE) as u32]);
-            self.differences = product(
-                self.differences,
-                turned.extract(0usize),
-                turned.extract(1usize),
-                turned.extract(2usize),
-                turned.extract(3usize),
-                ones,
-                ones,
-                element,
-            );
+            #[unroll]
+            for part in 0..2u32 {
+                let at = at + comptime![part * blueprint.key_bytes()];
+                let turned = load_transposed(at + step * comptime![(STEP * SWIZZLE) as u32]);
+                self.differences = product(
+                    self.differences,
+                    turned.extract(0usize),
+                    turned.extract(1usize),
+                    turned.extract(2usize),
+                    turned.extract(3usize),
+                    ones,
+                    ones,
+                    element,
+                );
+            }
         }
     }
 
@@ -402,9 +413,9 @@ fn meet_sums(
 /// One cube, one chunk of a kv head, step by step: the predicted logarithm of the mass of the bulks that end in the step, from
 /// the sums before it and its keys; then the sums after it.
 ///
-/// Squares are summed up about a pivot, one of the keys, and brought to the mean in the end. What has left the step is
-/// remembered as rounded differences, the step's own keys meet their rows as they are; the matrix is multiplied in two parts,
-/// as if it had twice the operand's digits.
+/// Squares are summed up about a pivot, one of the keys, and brought to the mean in the end. Differences from it, and the
+/// matrix, are multiplied in two parts each, as if they had twice the operand's digits; the step's own keys meet their rows as
+/// they are.
 #[cube(launch_unchecked, create_dummy_kernel)]
 pub(super) fn predict_kernel<E: Float>(
     query: &[E],
