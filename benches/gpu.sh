@@ -46,11 +46,13 @@ bench 128-backward-mma --heads 16 --head-dim 128 --lengths 4096,16384 --cases fu
 bench 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed --backward
 bench 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed --backward
 
-# Decode: dense, windowed, AHA by several shares; batch and latency, grouped queries, pages.
-decode() { ./bifocal bench decode --device cuda --element bf16 --head-dim 128 --runs 21 "${@:2}" --json "results/decode-$1.json"; }
+# Decode: dense, windowed, AHA by several shares and by those of real layers, L2A switched off, router and plan; by batch, with
+# grouped queries, over pages.
+decode() { ./bifocal bench decode --device cuda --element bf16 --head-dim 128 --model-dim 2048 --runs 21 "${@:2}" --json "results/ours-decode-$1.json"; }
 for batch in 1 8 32; do decode "aha-$batch" --batch $batch --heads 16 --lengths 8192,32768 --far-share 0.1,0.3; done
 for batch in 1 8; do decode "grouped-$batch" --batch $batch --heads 32 --kv-heads 8 --lengths 4096,32768; done
-decode paged --batch 8 --heads 32 --kv-heads 8 --lengths 32768 --page-size 16
+decode aha-paged --batch 8 --heads 16 --lengths 32768 --page-size 16
+decode grouped-paged --batch 8 --heads 32 --kv-heads 8 --lengths 32768 --page-size 16
 decode speculative --batch 8 --heads 32 --kv-heads 8 --lengths 32768 --queries 4
 
 # Others, at the same shapes.
@@ -67,6 +69,13 @@ peers 128-backward-aha --heads 16 --head-dim 128 --lengths 16384,32768 --cases f
 peers 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases $dense --backward
 peers 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases $dense --backward
 
+# The same for decode; what is not there (FlashInfer is `pip install flashinfer-python==0.5.3`) is said not to be measured.
+for library in torch flashinfer; do
+  peers_decode() { python3 peers/${library}_decode.py "${@:2}" --json "results/$library-decode-$1.json"; }
+  for batch in 1 8 32; do peers_decode "aha-$batch" --batch $batch --heads 16 --lengths 8192,32768; done
+  for batch in 1 8; do peers_decode "grouped-$batch" --batch $batch --heads 32 --kv-heads 8 --lengths 4096,32768; done
+done
+
 # Both, side by side.
-./bifocal compare results/ours-*.json results/torch-*.json --markdown results/compare.md --plot results/compare.svg
+./bifocal compare results/ours-*.json results/torch-*.json results/flashinfer-*.json --markdown results/compare.md --plot results/compare.svg
 cat results/compare.md

@@ -16,6 +16,8 @@
 //! | [`Qada`] | [`MomentGate`], token x head, no weights | [`Windowed`] with sinks, then [`Far`] where routed | merged |
 //! | [`Logo`] | [`LinearGate`], token | [`Windowed`], [`Full`] where routed | mixed by the gate's scores |
 //! | [`Rattention`] | none | [`Windowed`]; [`LinearAttention`] beyond it | sum of two norms |
+//! | [`AhaLinear`] | [`LinearGate::aha`], token x head | [`Windowed`]; [`LinearAttention`] where routed | sum of two norms |
+//! | [`Switch`] | any gate, token | any two, by default those of AHA | each token is exactly one branch |
 //!
 //! ```
 //! use bifocal::{Aha, Element, FixedRouter, Inputs, Router, Tensor, Window};
@@ -33,6 +35,7 @@
 //! ```
 
 mod aha;
+mod aha_linear;
 mod cache;
 pub mod decode;
 mod l2a;
@@ -42,9 +45,11 @@ mod qada;
 mod rattention;
 mod select;
 mod straight_through;
+mod switch;
 mod tuning;
 
 pub use aha::Aha;
+pub use aha_linear::AhaLinear;
 pub use cache::{KernelCache, keep_kernels, keeps_kernels, kernel_cache};
 pub use l2a::L2a;
 pub use logo::Logo;
@@ -53,24 +58,27 @@ pub use qada::Qada;
 pub use rattention::{Rattention, RattentionGradients, RattentionInputs, RattentionOutput, RattentionStep};
 pub use select::{attend_planned, attend_selected, backward_selected, plan};
 pub use straight_through::{attend_every, choice_gradient, gate_gradient};
+pub use switch::Switch;
 pub use tuning::settle_within;
 
 pub use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
-        AttentionOperator, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry, RoutedRows,
-        Router, Routes, Rows, Saved, Sequences, Tensor, TensorView, open, synchronise,
+        AttentionOperator, Before, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry,
+        RoutedRows, Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, open,
+        synchronise,
     },
 };
 pub use bifocal_dispatch::{
-    HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, mask, merge, merge_routed, mix, mix_routed, select,
+    HostPlan, INVALID_ROW, Plan, add_to_scores, dot_rows, gate_outputs, gate_outputs_backward, mask, merge,
+    merge_routed, mix, mix_routed, select,
 };
 pub use bifocal_full::{Far, Full, NonCausal};
 pub use bifocal_linear::{
     LeavingKey, LinearAttention, LinearInputs, NormSum, NormSumGradients, State, norm_sum, norm_sum_backward,
 };
 pub use bifocal_router::{
-    Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
+    Basis, Calibration, Covariance, FixedRouter, HostMoments, LinearChoice, LinearGate, MomentGate, Moments,
     RandomRouter, Threshold,
 };
 pub use bifocal_windowed::Windowed;
@@ -86,6 +94,11 @@ mod readme {}
 #[cfg(doctest)]
 #[doc = include_str!("../../../docs/src/systems/qada.md")]
 mod qada_page {}
+
+/// The example on the page of mixes.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/src/systems/variants.md")]
+mod variants_page {}
 
 /// The example on RATTENTION's page, compiled.
 #[cfg(doctest)]

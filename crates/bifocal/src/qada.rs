@@ -108,8 +108,8 @@ impl Qada {
         merge_routed(client, problem, routes, routes.geometry().reaches - 1, near, &far)
     }
 
-    /// Adds the gradients of queries, keys, values and sink logits to `gradients`, for the rows that `plan` lists as they were
-    /// attended to. The decision has no gradient.
+    /// The gradients of queries, keys, values and sink logits, for the rows that `plan` lists as they were attended to, added to
+    /// `gradients` or stored where these are [unset](Gradients::unset). The decision has no gradient.
     ///
     /// # Errors
     /// As [`AttentionOperator::backward`].
@@ -124,7 +124,7 @@ impl Qada {
     ) -> Result<()> {
         self.near().backward(client, problem, inputs, Rows::All, saved, gradients)?;
         let (far, rows) = (self.far(), plan.far_rows()?);
-        far.backward(client, problem, &without_sinks(inputs), rows, saved, gradients)?;
+        far.backward(client, problem, &without_sinks(inputs), rows, saved, &gradients.after_all_rows())?;
         Ok(())
     }
 }

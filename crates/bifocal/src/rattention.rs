@@ -1,6 +1,6 @@
 use bifocal_core::{
     Element, FeatureMap, Problem, Result, Window,
-    device::{AttentionOperator, Gradients, Inputs, Partial, Rows, Saved, Tensor, TensorView},
+    device::{AttentionOperator, Before, Gradients, Inputs, Partial, Rows, Saved, Tensor, TensorView},
 };
 use bifocal_linear::{
     LeavingKey, LinearAttention, LinearInputs, NormSum, NormSumGradients, State, norm_sum, norm_sum_backward,
@@ -98,6 +98,11 @@ impl Rattention {
         self.far
     }
 
+    /// The epsilon of both norms.
+    pub const fn epsilon(&self) -> f32 {
+        self.epsilon
+    }
+
     /// Writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type.
     ///
     /// # Errors
@@ -111,7 +116,11 @@ impl Rattention {
     ) -> Result<RattentionOutput> {
         let near = Partial::empty(client, problem, problem.element);
         self.near.attend(client, problem, &inputs.near, Rows::All, &near)?;
-        let far = Tensor::empty(client, problem.out_shape(), Element::F32);
+        let far = match inputs.far.rows {
+            Rows::All => Tensor::empty(client, problem.out_shape(), Element::F32),
+            // Rows that the far branch does not compute are their near branch alone.
+            Rows::Routed(_) => Tensor::zeros(client, problem.out_shape())?,
+        };
         let state = self.far.attend(client, problem, &inputs.far, &far)?;
         let scales = [inputs.near_scale, inputs.far_scale];
         norm_sum(client, problem, &self.norms(&near.out, &far, scales), out)?;
@@ -156,7 +165,7 @@ impl Rattention {
         let norms = self.norms(&forward.near.out, &forward.far, scales);
         let NormSumGradients { near: d_near, far: d_far, near_scale, far_scale } =
             norm_sum_backward(client, problem, &norms, d_out)?;
-        let near = Gradients::zeros(client, problem, inputs.near.sink_logits.is_some())?;
+        let near = Gradients::unset(client, problem, inputs.near.sink_logits.is_some())?;
         let delta = bifocal_dispatch::dot_rows(client, problem, forward.near.out.view(), d_near.view())?;
         let saved = Saved { partial: &forward.near, d_out: d_near.view(), delta: delta.view() };
         self.near.backward(client, problem, &inputs.near, Rows::All, &saved, &near)?;
@@ -166,12 +175,15 @@ impl Rattention {
             key: Tensor::zeros(client, near.key.shape())?,
             value: near.value.clone(),
             sink_logits: None,
+            query_before: Before::Sums,
+            key_before: Before::Sums,
         };
         let state = self.far.backward(client, problem, &inputs.far, d_far.view(), d_state, &far)?;
+        let near = near.after_all_rows();
         Ok(RattentionGradients { near, far_query: far.query, far_key: far.key, near_scale, far_scale, state })
     }
 
-    fn norms<'a>(
+    pub(crate) fn norms<'a>(
         &self,
         near: &'a Tensor<4>,
         far: &'a Tensor<4>,

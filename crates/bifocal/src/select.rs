@@ -51,8 +51,8 @@ pub fn attend_planned(
     Ok(())
 }
 
-/// Adds the gradients of [`attend_planned`]'s inputs to `gradients`: those of every row through the one branch that
-/// computed it.
+/// The gradients of [`attend_planned`]'s inputs: those of every row through the one branch that computed it. They are added
+/// to `gradients`, or stored where these are [unset](Gradients::unset).
 ///
 /// Routes are discrete, and have no gradient here; see [`gate_gradient`](crate::gate_gradient) and
 /// [`choice_gradient`](crate::choice_gradient). Rows without a valid route make NaN of the gradients that they reach.
@@ -70,6 +70,7 @@ pub fn backward_selected(
 ) -> Result<()> {
     one_each(plan.reaches(), branches.len())?;
     for (reach, branch) in branches.iter().enumerate() {
+        let gradients = if reach == 0 { gradients } else { &gradients.after() };
         branch.backward(client, problem, inputs, plan.rows(reach)?, saved, gradients)?;
     }
     Ok(())

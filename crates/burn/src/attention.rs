@@ -180,11 +180,15 @@ pub fn global_attention(
     routed([query, key, value], routing, branches, options)
 }
 
-fn dense(tensors: [Tensor<4>; 3], branch: Branch, options: &AttentionOptions) -> Result<Tensor<4>> {
+pub(crate) fn dense(
+    tensors: [Tensor<4>; 3],
+    branch: Branch,
+    options: &AttentionOptions,
+) -> Result<Tensor<4>> {
     run(tensors, None, options, |_, _| Ok(System::dense(branch)))
 }
 
-fn routed(
+pub(crate) fn routed(
     tensors: [Tensor<4>; 3],
     routing: &Routing,
     branches: Vec<Option<Branch>>,
@@ -292,7 +296,8 @@ impl Differentiable for Attention {
     }
 }
 
-/// The gradients of query, key, value and, where there are any, sink logits `[1, 1, 1, H]`, which `backward` adds to zeros.
+/// The gradients of query, key, value and, where there are any, sink logits `[1, 1, 1, H]`, which `backward` stores in
+/// memory that is unset.
 pub(crate) fn differentiate(
     place: &Place,
     problem: &Problem,
@@ -310,10 +315,10 @@ pub(crate) fn differentiate(
 
     let delta = dot_rows(client, problem, partial.out.view(), d_out.view())?;
     let saved = Saved { partial, d_out: d_out.view(), delta: delta.view() };
-    let gradients = Gradients::zeros(client, problem, sinks.is_some())?;
+    let gradients = Gradients::unset(client, problem, sinks.is_some())?;
     backward(&imported.inputs(), &saved, &gradients)?;
 
-    let Gradients { query, key, value, sink_logits } = gradients;
+    let Gradients { query, key, value, sink_logits, .. } = gradients;
     let mut gradients = Vec::with_capacity(inputs.len());
     for gradient in [query, key, value] {
         gradients.push(place.export_contiguous(gradient)?.cast(dtype));

@@ -12,7 +12,7 @@ use burn::tensor::{
 };
 
 use crate::{
-    AttentionOptions, GateOptions,
+    AhaLinearInputs, AttentionOptions, GateOptions,
     place::{Origin, check_together},
 };
 
@@ -158,6 +158,27 @@ pub fn norm_sum(
     };
     let near = normed("the near scale", near, near_scale)?;
     Ok((near + normed("the far scale", far, far_scale)?).cast(dtype))
+}
+
+/// [`aha_linear_attention`](crate::aha_linear_attention) by Burn's operations; `routes` is `[B, R, Tq]`, 0 near and 1 far,
+/// NaN outputs elsewhere.
+///
+/// # Errors
+/// As [`windowed_attention`] and [`norm_sum`].
+pub fn aha_linear_attention(
+    inputs: AhaLinearInputs,
+    routes: Tensor<3, Int>,
+    window: Window,
+    options: &AttentionOptions,
+) -> Result<Tensor<4>> {
+    let AhaLinearInputs { near: [near_query, near_key], far: [query, key], value, scales } = inputs;
+    let [near_scale, far_scale] = scales;
+    let problem = problem(&query, &key, &value, options)?;
+    let routes = per_row(routes, 2, &problem, &query.device())?;
+    let near = windowed_attention(near_query, near_key, value.clone(), window, options)?;
+    let far = linear_attention(query, key, value, window)?;
+    let far = far.mask_fill(routes.clone().not_equal_elem(1), 0.0);
+    Ok(spoil_invalid(norm_sum(near, far, near_scale, far_scale)?, routes, 2))
 }
 
 /// [`linear_gate`](crate::linear_gate) by Burn's operations: scores `[B, R, 1, T]` in f32 and routes `[B, R, T]`.

@@ -3,11 +3,12 @@
 //!
 //! Functions take `Tensor<4>` and return `Result`: [`attention()`], a drop-in for Burn's own, [`windowed_attention`] and
 //! [`full_attention`]; over the routes of [`linear_gate`] or [`linear_choice`] [`aha_attention`],
-//! [`multi_window_attention`] and [`global_attention`]; and [`qada_attention`], whose gate has nothing to learn. [`route`] and [`selected_attention`] take routers and
-//! branches of your own.
+//! [`multi_window_attention`], [`global_attention`] and [`aha_linear_attention`]; and [`qada_attention`], whose gate has
+//! nothing to learn. [`route`] and [`selected_attention`] take routers and branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
-//! [`L2aAttention`]; [`QadaAttention`] routes without one, and [`RattentionAttention`], out of [`linear_attention`] and
-//! [`norm_sum`], and [`CausalAttention`] not at all.
+//! [`L2aAttention`], [`AhaLinearAttention`]; [`QadaAttention`] routes without one, and [`RattentionAttention`], out of
+//! [`linear_attention`] and [`norm_sum`], and [`CausalAttention`] not at all. Each but [`AhaLinearAttention`] makes a
+//! [`LayerCache`], and goes on from it token by token.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|
@@ -62,8 +63,10 @@
 //! # Ok::<(), bifocal_burn::Error>(())
 //! ```
 
+mod aha_linear;
 mod attention;
 mod autodiff;
+mod cache;
 pub mod composed;
 #[cfg(any(feature = "cpu", feature = "wgpu", feature = "cuda"))]
 mod cube;
@@ -78,15 +81,18 @@ mod routing;
 mod straight_through;
 mod system;
 
+pub use aha_linear::{AhaLinearInputs, aha_linear_attention};
 pub use attention::{
     aha_attention, attention, full_attention, global_attention, multi_window_attention, selected_attention,
     windowed_attention,
 };
+pub use cache::LayerCache;
 pub use linear::{linear_attention, linear_attention_with, norm_sum};
 pub use modules::{
-    AhaAttention, AhaAttentionConfig, AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention,
-    L2aAttentionConfig, MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention,
-    QadaAttentionConfig, RattentionAttention, RattentionAttentionConfig, RopeConfig,
+    AhaAttention, AhaAttentionConfig, AhaLinearAttention, AhaLinearAttentionConfig, AttentionOutput,
+    CausalAttention, CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
+    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RattentionAttention,
+    RattentionAttentionConfig, RopeConfig,
 };
 pub use options::{AttentionOptions, GateOptions, Training};
 pub use penalty::{cost_penalty, mean_penalty, squared_penalty};
@@ -94,4 +100,4 @@ pub use qada::qada_attention;
 pub use routing::{Routing, linear_choice, linear_gate, route};
 pub use system::Branch;
 
-pub use bifocal::{Covariance, Error, FeatureMap, MomentGate, Result, Threshold, Window};
+pub use bifocal::{Covariance, Error, FeatureMap, MomentGate, Reach, Result, Threshold, Window};

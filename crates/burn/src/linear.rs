@@ -1,12 +1,13 @@
 //! RATTENTION's own parts: linear attention beyond a window, and the sum of two normed branches.
 
 use bifocal::{
-    Error, FeatureMap, Gradients, LinearAttention, LinearInputs, NormSum, NormSumGradients, Problem, Result,
-    Window, norm_sum_backward,
+    Error, FeatureMap, Gradients, LinearAttention, LinearInputs, NormSum, NormSumGradients, Plan, Problem,
+    Result, Window, norm_sum_backward,
 };
 use burn::tensor::{DType, Tensor};
 
 use crate::{
+    Routing,
     autodiff::Differentiable,
     place::{Origin, Place},
     system::room_like,
@@ -44,17 +45,47 @@ pub fn linear_attention_with(
     window: Window,
     map: FeatureMap,
 ) -> Result<Tensor<4>> {
-    let place =
-        Place::of(&[Origin::of("query", &query), Origin::of("key", &key), Origin::of("value", &value)])?;
-    let imported = Imported::new(&place, [&query, &key, &value])?;
-    let inputs = imported.inputs();
-    let problem = inputs.attention.problem()?;
     let operator = LinearAttention::beyond(window).with_feature_map(map);
-    let out = room_like(place.client(), &problem, imported.query.strides());
-    operator.attend(place.client(), &problem, &inputs, &out)?;
-    let out = place.export(out)?;
-    let step = Linear { place: place.clone(), problem, operator };
-    place.record([query, key, value], out, step)
+    attend([query, key, value], operator, None)
+}
+
+/// [`linear_attention`] of the rows whose route is the last reach of `routing`; the others are zero, and cost nothing but
+/// their share of the states.
+///
+/// # Errors
+/// As [`linear_attention`].
+pub(crate) fn linear_attention_on(
+    query: Tensor<4>,
+    key: Tensor<4>,
+    value: Tensor<4>,
+    window: Window,
+    routing: &Routing,
+) -> Result<Tensor<4>> {
+    attend([query, key, value], LinearAttention::beyond(window), Some(routing))
+}
+
+fn attend(
+    tensors: [Tensor<4>; 3],
+    operator: LinearAttention,
+    routing: Option<&Routing>,
+) -> Result<Tensor<4>> {
+    let [query, key, value] = &tensors;
+    let mut origins = vec![Origin::of("query", query), Origin::of("key", key), Origin::of("value", value)];
+    origins.extend(routing.map(|routing| Origin::on("routing", routing.device())));
+    let place = Place::of(&origins)?;
+    let client = place.client();
+    let imported = Imported::new(&place, [query, key, value])?;
+    let problem = imported.inputs(None)?.attention.problem()?;
+    let plan = routing.map(|routing| bifocal::plan(client, &problem, &routing.decision().routes));
+    let plan = plan.transpose()?;
+    let out = match &plan {
+        None => room_like(client, &problem, imported.query.strides()),
+        Some(_) => bifocal::Tensor::zeros(client, problem.out_shape())?,
+    };
+    operator.attend(client, &problem, &imported.inputs(plan.as_ref())?, &out)?;
+    let out = place.export(out)?.cast(query.dtype());
+    let step = Linear { place: place.clone(), problem, operator, plan };
+    place.record(tensors, out, step)
 }
 
 struct Imported {
@@ -72,8 +103,13 @@ impl Imported {
         })
     }
 
-    fn inputs(&self) -> LinearInputs<'_> {
-        LinearInputs::new(self.query.view(), self.key.view(), self.value.view())
+    /// Of the rows on the plan's last reach, or of all.
+    fn inputs<'a>(&'a self, plan: Option<&'a Plan>) -> Result<LinearInputs<'a>> {
+        let inputs = LinearInputs::new(self.query.view(), self.key.view(), self.value.view());
+        match plan {
+            Some(plan) => Ok(inputs.with_rows(plan.far_rows()?)),
+            None => Ok(inputs),
+        }
     }
 }
 
@@ -83,17 +119,19 @@ struct Linear {
     place: Place,
     problem: Problem,
     operator: LinearAttention,
+    plan: Option<Plan>,
 }
 
 impl Differentiable for Linear {
     fn backward(self, inputs: Vec<Tensor<4>>, d_out: Tensor<4>) -> Result<Vec<Tensor<4>>> {
-        let Self { place, problem, operator } = self;
+        let Self { place, problem, operator, plan } = self;
         let client = place.client();
         let dtype = inputs[0].dtype();
         let imported = Imported::new(&place, [&inputs[0], &inputs[1], &inputs[2]])?;
         let d_out = place.import("the gradient of the output", d_out)?;
         let gradients = Gradients::zeros(client, &problem, false)?;
-        operator.backward(client, &problem, &imported.inputs(), d_out.view(), None, &gradients)?;
+        let inputs = imported.inputs(plan.as_ref())?;
+        operator.backward(client, &problem, &inputs, d_out.view(), None, &gradients)?;
         let Gradients { query, key, value, .. } = gradients;
         [query, key, value]
             .into_iter()

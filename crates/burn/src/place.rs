@@ -209,7 +209,7 @@ fn cpu() -> Result<Client> {
     }
 }
 
-fn element(name: &'static str, dtype: DType) -> Result<Element> {
+pub(crate) fn element(name: &'static str, dtype: DType) -> Result<Element> {
     match dtype {
         DType::F32 => Ok(Element::F32),
         DType::F16 => Ok(Element::F16),

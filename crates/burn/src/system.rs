@@ -101,7 +101,7 @@ impl System {
         Ok((partial, outs))
     }
 
-    /// Adds the gradients of every row, each by its own branch.
+    /// The gradients of every row, each by its own branch, into memory that is unset.
     pub(crate) fn backward(
         &self,
         client: &Client,
@@ -110,8 +110,14 @@ impl System {
         saved: &Saved<'_>,
         gradients: &Gradients,
     ) -> Result<()> {
+        let mut gradients = match self.branches.iter().all(Option::is_some) {
+            true => gradients.clone(),
+            // Some rows are in no pass.
+            false => gradients.clone().with_query_cleared(client)?,
+        };
         for (branch, rows) in self.parts()? {
-            branch.backward(client, problem, inputs, rows, saved, gradients)?;
+            branch.backward(client, problem, inputs, rows, saved, &gradients)?;
+            gradients = gradients.after();
         }
         Ok(())
     }

@@ -1,4 +1,4 @@
-//! `bifocal`: doctor, demo, train, report, export, masses, check, warm, bench, compare.
+//! `bifocal`: doctor, demo, train, report, export, generate, prune, masses, check, warm, bench, compare.
 
 mod bench;
 mod cache;
@@ -7,9 +7,12 @@ mod compare;
 mod demo;
 mod doctor;
 mod export;
+mod generate;
 mod masses;
+mod model;
 mod output;
 mod plot;
+mod prune;
 mod report;
 mod shape;
 mod timings;
@@ -46,6 +49,10 @@ enum Command {
     Report(report::Options),
     /// Write what a training run has learned to one file, without what only training needs.
     Export(export::Options),
+    /// Go on from a text with what a training run has learned, token by token over a cache.
+    Generate(generate::Options),
+    /// Leave out the far branches of layers that seldom look far.
+    Prune(prune::Options),
     /// Show how well QAdA predicts what queries of a run would miss, per head.
     Masses(masses::Options),
     /// Check every property of the operators on a device.
@@ -109,6 +116,8 @@ fn main() -> ExitCode {
         Command::Train(options) => train::run(&options),
         Command::Report(options) => report::run(&options),
         Command::Export(options) => export::run(&options),
+        Command::Generate(options) => generate::run(&options),
+        Command::Prune(options) => prune::run(&options),
         Command::Masses(options) => masses::run(&options),
         Command::Check(options) => check::run(&options),
         Command::Warm(options) => warm::run(&options),

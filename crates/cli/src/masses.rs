@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use crate::{
     DeviceName, output,
-    plot::{self, Figure, Lines, Series},
+    plot::{self, Figure, Heat, Lines, Scatter, Series},
 };
 
 #[derive(Args)]
@@ -40,7 +40,7 @@ pub(crate) struct Options {
     /// Where the model runs.
     #[arg(long, default_value = "cpu")]
     device: DeviceName,
-    /// Draw shares and mistakes over tau into this file.
+    /// Draw shares over tau, mistakes by head, and predicted against true masses into this file.
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
     /// Write the measurements as JSON to this file (`-` for standard output).
@@ -111,7 +111,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 
     let ids = burn::tensor::Tensor::<2, Int>::from_data(TensorData::new(ids, [1, tokens]), &device);
     let bar = output::progress(decoder.layers.len());
-    let (mut heads, mut all) = (Vec::new(), Vec::new());
+    let (mut heads, mut by_head) = (Vec::new(), Vec::new());
     let mut hidden = decoder.embedding.forward(ids);
     for (index, layer) in decoder.layers.iter().enumerate() {
         bar.set_message(format!("layer {index}"));
@@ -120,14 +120,14 @@ pub(crate) fn run(options: &Options) -> Result<()> {
             let qkv = [upload(&client, query)?, upload(&client, key)?, upload(&client, value)?];
             for (head, rows) in measure(&client, &lens, &qkv)?.into_iter().enumerate() {
                 heads.push(Head::new(index, head, &rows, f64::from(options.tau)));
-                all.extend(rows);
+                by_head.push(rows);
             }
         }
         hidden = layer.mix_channels(layer.attend(hidden, index, Pass::default())?.0);
         bar.inc(1);
     }
     bar.finish_and_clear();
-    if all.is_empty() {
+    if by_head.iter().all(Vec::is_empty) {
         bail!(
             "no row of {tokens} tokens has keys beyond {} sinks and a window of {}",
             options.sinks,
@@ -136,7 +136,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     }
 
     if let Some(path) = &options.plot {
-        output::write(path, plot::svg(&[over_tau(&all)])?.as_bytes())?;
+        output::write(path, plot::svg(&figures(&heads, &by_head, options.tau))?.as_bytes())?;
     }
     let Options { window, sinks, tau, diagonal, .. } = *options;
     let report = Report { window, sinks, tau, diagonal, tokens, heads };
@@ -192,9 +192,14 @@ impl Head {
     }
 }
 
+/// The logarithm of the mass beyond the near keys over theirs from which on a row looks far.
+fn cut(tau: f64) -> f64 {
+    (1.0 / tau - 1.0).ln()
+}
+
 impl Rates {
     fn new(rows: &[Row], tau: f64) -> Self {
-        let cut = (1.0 / tau - 1.0).ln();
+        let cut = cut(tau);
         let share = |of: &dyn Fn(bool, bool) -> bool| {
             let count = rows.iter().filter(|row| of(row.truth > cut, row.predicted > cut)).count();
             count as f64 / rows.len().max(1) as f64
@@ -206,6 +211,51 @@ impl Rates {
             false_global: share(&|truth, predicted| !truth && predicted),
         }
     }
+}
+
+/// Points that a head has in a scatter plot at most.
+const POINTS: usize = 64;
+
+/// Shares over tau, both kinds of mistakes by layer and head, and for each layer what its heads predict.
+fn figures(heads: &[Head], rows: &[Vec<Row>], tau: f32) -> Vec<Figure> {
+    let mistakes = |title: &str, of: fn(&Rates) -> f64| {
+        let layers = heads.chunk_by(|one, other| one.layer == other.layer);
+        let row = |layer: &[Head]| {
+            let cells = layer.iter().map(|head| of(&head.rates)).collect();
+            (format!("layer {}", layer[0].layer), cells)
+        };
+        Figure::Heat(Heat {
+            title: format!("{title} by layer and head, %, tau {tau}"),
+            rows: layers.map(row).collect(),
+        })
+    };
+    let mut figures = vec![
+        over_tau(&rows.concat()),
+        mistakes("falsely local", |rates| rates.false_local),
+        mistakes("falsely far", |rates| rates.false_global),
+    ];
+    let all: Vec<(&Head, &Vec<Row>)> = heads.iter().zip(rows).collect();
+    figures.extend(all.chunk_by(|(one, _), (other, _)| one.layer == other.layer).map(|layer| {
+        let series = layer.iter().map(|(head, rows)| Series {
+            label: format!("head {}", head.head),
+            // A prediction that overflowed has no place.
+            points: rows
+                .iter()
+                .step_by(rows.len().div_ceil(POINTS).max(1))
+                .filter(|row| row.truth.is_finite() && row.predicted.is_finite())
+                .map(|row| (row.truth, row.predicted))
+                .collect(),
+        });
+        Figure::Scatter(Scatter {
+            title: format!("layer {}: mass beyond the near keys over theirs, logarithm", layer[0].0.layer),
+            x_title: "true, nats",
+            y_title: "predicted, nats",
+            // Everything looks far at a tau of 1.
+            cut: Some(cut(f64::from(tau))).filter(|cut| cut.is_finite()),
+            series: series.collect(),
+        })
+    }));
+    figures
 }
 
 /// Shares of all heads' rows, by the share of the softmax that near keys have to hold.
@@ -268,6 +318,13 @@ mod tests {
         assert_eq!(Rates::new(&[], 0.5), Rates::default());
         let head = Head::new(1, 2, &rows, 0.5);
         assert_eq!((head.bias_nats, head.error_nats), (0.0, 1.25));
-        assert!(plot::svg(&[over_tau(&rows)]).unwrap().contains("falsely local"));
+        let svg = plot::svg(&figures(&[head], &[rows.to_vec()], 0.5)).unwrap();
+        for text in
+            ["need to look far", "falsely far by layer and head, %, tau 0.5", "layer 1: mass", "head 2"]
+        {
+            assert!(svg.contains(text), "{text}: {svg}");
+        }
+        // A mark for each row, and one in the legend.
+        assert_eq!(svg.matches("<circle").count(), 5, "{svg}");
     }
 }

@@ -1,7 +1,10 @@
 //! Figures side by side as an SVG.
 
 use anyhow::{Result, anyhow};
-use plotters::{coord::Shift, prelude::*};
+use plotters::{
+    coord::{Shift, types::RangedCoordf64},
+    prelude::*,
+};
 
 const PANEL: (u32, u32) = (560, 420);
 const COLOURS: [RGBColor; 8] = [
@@ -16,11 +19,13 @@ const COLOURS: [RGBColor; 8] = [
 ];
 
 type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Chart<'a, 'b> = ChartContext<'a, SVGBackend<'b>, Cartesian2d<RangedCoordf64, RangedCoordf64>>;
 type Drawn = Result<(), Box<dyn std::error::Error>>;
 
 /// One of the figures of a drawing.
 pub(crate) enum Figure {
     Lines(Lines),
+    Scatter(Scatter),
     Heat(Heat),
     Bars(Bars),
 }
@@ -35,7 +40,17 @@ pub(crate) struct Lines {
     pub(crate) series: Vec<Series>,
 }
 
-/// One line.
+/// Points of two quantities in the same unit, which lie on the diagonal where they are equal.
+pub(crate) struct Scatter {
+    pub(crate) title: String,
+    pub(crate) x_title: &'static str,
+    pub(crate) y_title: &'static str,
+    /// Where a decision falls, on both axes.
+    pub(crate) cut: Option<f64>,
+    pub(crate) series: Vec<Series>,
+}
+
+/// One line, or one sort of points.
 pub(crate) struct Series {
     pub(crate) label: String,
     pub(crate) points: Vec<(f64, f64)>,
@@ -71,6 +86,7 @@ pub(crate) fn svg(figures: &[Figure]) -> Result<String> {
         let parts = area.split_evenly((rows, columns));
         let draw = |(figure, part): (&Figure, &Area<'_>)| match figure {
             Figure::Lines(figure) => lines(figure, part),
+            Figure::Scatter(figure) => scatter(figure, part),
             Figure::Heat(figure) => heat(figure, part),
             Figure::Bars(figure) => bars(figure, part),
         };
@@ -126,6 +142,11 @@ fn lines(figure: &Lines, area: &Area<'_>) -> Drawn {
             chart.draw_series(series.points.iter().map(|&point| Circle::new(point, 3, colour.filled())))?;
         }
     }
+    legend(&mut chart)
+}
+
+/// What the series are called, in the corner that they seldom reach.
+fn legend<'a, 'b: 'a>(chart: &mut Chart<'a, 'b>) -> Drawn {
     chart
         .configure_series_labels()
         .position(SeriesLabelPosition::UpperLeft)
@@ -133,6 +154,44 @@ fn lines(figure: &Lines, area: &Area<'_>) -> Drawn {
         .border_style(RGBColor(200, 200, 200))
         .draw()?;
     Ok(())
+}
+
+fn scatter(figure: &Scatter, area: &Area<'_>) -> Drawn {
+    let points = figure.series.iter().flat_map(|series| &series.points);
+    let numbers = points.flat_map(|&(x, y)| [x, y]).chain(figure.cut);
+    let (low, high) =
+        numbers.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), x| (low.min(x), high.max(x)));
+    let (low, high) = if low <= high { (low, high) } else { (0.0, 0.0) };
+    // One range for both axes, with room around it.
+    let margin = ((high - low) * 0.05).max(0.5);
+    let (low, high) = (low - margin, high + margin);
+    let mut chart = ChartBuilder::on(area)
+        .caption(&figure.title, ("sans-serif", 14))
+        .margin(10)
+        .x_label_area_size(36)
+        .y_label_area_size(48)
+        .build_cartesian_2d(low..high, low..high)?;
+    chart
+        .configure_mesh()
+        .x_labels(8)
+        .y_labels(8)
+        .x_desc(figure.x_title)
+        .y_desc(figure.y_title)
+        .light_line_style(WHITE)
+        .draw()?;
+    let grey = RGBColor(150, 150, 150);
+    let cut = figure.cut.map(|cut| [[(low, cut), (high, cut)], [(cut, low), (cut, high)]]);
+    for line in cut.into_iter().flatten().chain([[(low, low), (high, high)]]) {
+        chart.draw_series([PathElement::new(line, grey)])?;
+    }
+    for (series, &colour) in figure.series.iter().zip(COLOURS.iter().cycle()) {
+        let points = series.points.iter().map(|&point| Circle::new(point, 2, colour.mix(0.6).filled()));
+        chart
+            .draw_series(points)?
+            .label(&series.label)
+            .legend(move |(x, y)| Circle::new((x + 8, y), 3, colour.filled()));
+    }
+    legend(&mut chart)
 }
 
 /// Where a figure without axes begins and ends inside of its panel.

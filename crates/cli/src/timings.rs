@@ -17,6 +17,12 @@ pub(crate) struct Report {
     pub(crate) kv_heads: usize,
     pub(crate) head_dim: usize,
     pub(crate) window: usize,
+    /// Queries per sequence of a decode step, over keys of the length; attention over whole sequences unless there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) queries: Option<usize>,
+    /// Tokens per page of a decode step's cache; contiguous unless there.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) page_size: Option<usize>,
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) softcap: Option<f32>,
     /// How routes were drawn.
@@ -52,10 +58,20 @@ pub(crate) struct Timing {
     /// 4 D for every pair of a query and a key that its route shows, 14 D with the backward pass; none for router and plan.
     pub(crate) useful_flop: Option<f64>,
     pub(crate) useful_gflops: Option<f64>,
-    /// Every input read once and every output written once.
+    /// Every input read once and every output written once; of a decode step the keys and values that some row of a kv head
+    /// sees, queries and outputs.
     #[serde(default)]
     pub(crate) useful_bytes: Option<f64>,
     /// Device memory that the call holds beside its inputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) memory_bytes: Option<u64>,
+    /// Keys per chunk of a decode step.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) chunk: Option<usize>,
+    /// The rate of useful bytes over what a copy of the cache reaches in the same run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) share_of_copy: Option<f64>,
+    /// Against the dense decode step in the same run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub(crate) speedup: Option<f64>,
 }

@@ -139,6 +139,7 @@ enum KindName {
     L2a,
     Qada,
     Rattention,
+    AhaLinear,
     RandomGate,
 }
 
@@ -312,6 +313,7 @@ impl ModelOptions {
             KindName::Aha => AttentionKind::Aha { window: window()? },
             KindName::L2a => AttentionKind::L2a { window: window()? },
             KindName::Rattention => AttentionKind::Rattention { window: window()? },
+            KindName::AhaLinear => AttentionKind::AhaLinear { window: window()? },
             KindName::MultiWindow if self.window.is_empty() => bail!("multi-window needs --window N,N"),
             KindName::MultiWindow => AttentionKind::MultiWindow { windows: self.window.clone() },
             KindName::Qada => {

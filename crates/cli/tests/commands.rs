@@ -104,7 +104,7 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
         let timings = report["timings"].as_array().unwrap();
         let bytes = |case: &str, length: usize| {
             let found = timings.iter().find(|timing| timing["case"] == case && timing["length"] == length);
-            found.expect("a timing")["bytes"].as_u64().unwrap()
+            found.expect("a timing")["useful_bytes"].as_f64().unwrap() as u64
         };
         // Four kv heads of all sequences, f32 keys and values of 32; 8 queries and outputs.
         let of = |keys: u64| 2 * (keys + 8) * 32 * 4;
@@ -115,8 +115,20 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
             // Two of eight heads look far: in one kv head or in two.
             let far = |kv_heads: u64| of(kv_heads * length as u64 + (4 - kv_heads) * 16);
             assert!([far(1), far(2)].contains(&bytes("aha", length)));
+            // Both branches of L2A, of which one sees nothing; layers look far more or less often.
+            assert_eq!(bytes("l2a-off", length), of(4 * 16) + of(0));
+            assert!((of(4 * 16)..of(4 * length as u64)).contains(&bytes("aha-layers", length)));
+            assert!(bytes("router", length) > 0 && bytes("plan", length) > 0);
         }
     }
+    // Beside another library's, at the same shape.
+    let ours = ["--cases", "full", "--json", "ours.json"];
+    bifocal(folder.path(), &[&bench[..], &SMALL[..], &ours].concat()).unwrap();
+    let peer = std::fs::read_to_string(folder.path().join("ours.json")).unwrap();
+    let peer = peer.replace("\"full\"", "\"flashinfer\"").replacen('{', "{\"library\": \"peer 1\",", 1);
+    std::fs::write(folder.path().join("peer.json"), peer).unwrap();
+    let tables = bifocal(folder.path(), &["compare", "peer.json", "ours.json"]).unwrap();
+    assert!(tables.contains("### decode, 1 per sequence, f32") && tables.contains("(1.00 x)"), "{tables}");
     let error =
         bifocal(folder.path(), &["bench", "decode", "--queries", "17", "--lengths", "64"]).unwrap_err();
     assert!(error.contains("query length of a step is 17, expected 1 to 16"), "{error}");
@@ -212,6 +224,57 @@ fn runs_are_trained_resumed_and_reported() {
 }
 
 #[test]
+fn layers_that_seldom_look_far_are_pruned() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    tiny_run(here);
+    // Gates of the one layer that are open for about half of all tokens.
+    train(here, "aha", &["--attention", "aha", "--window", "4", "--steps", "2"]).unwrap();
+    train(here, "dense", &["--attention", "full", "--steps", "2"]).unwrap();
+    let prune = |run: &str, below: &str, out: &str, more: &[&str]| {
+        bifocal(here, &[&["prune", run, "--below", below, "--out", out], more].concat())
+    };
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "near", "--context", "100", "--json", "-"]);
+    let layer = &found["layers"][0];
+    assert_eq!((&layer["pruned"], &layer["after"]["kind"]), (&true.into(), &"window".into()));
+    assert!(layer["far"].as_f64().is_some_and(|far| (0.01..1.0).contains(&far)), "{found}");
+    // One kv head of 8: keys and values in f32.
+    let bytes = |tokens: u64| tokens * 2 * 8 * 4;
+    assert_eq!(found["kv_bytes"]["before"], bytes(100));
+    assert_eq!(found["kv_bytes"]["after"], bytes(4));
+    assert_eq!(found["loss"], Value::Null);
+    // It is a decoder without routers, which the same text tells from the whole one.
+    let error = bifocal(here, &["demo", "--run", "near", "--text", "text.md"]).unwrap_err();
+    assert!(error.contains("no AHA layer"), "{error}");
+
+    // On the run's own text the loss before is that of its last validation.
+    let found =
+        json(here, &["prune", "aha", "--below", "1", "--out", "seen", "--text", "text.md", "--json", "-"]);
+    let loss = |side: &str| found["loss"][side].as_f64().expect("a loss");
+    let reported = json(here, &["report", "aha", "--json", "-"]);
+    let last = reported[0]["validation_loss"].as_f64().unwrap();
+    assert!((loss("before") - last).abs() < 1e-6, "{found}, {reported}");
+    assert!(loss("after") != loss("before") && (loss("after") - last).abs() < 1.0, "{found}");
+
+    let told = prune("aha", "0.01", "whole", &[]).unwrap();
+    assert!(told.contains("No layer looks far for less than 1.00 %"), "{told}");
+    bifocal(here, &["demo", "--run", "whole", "--text", "text.md"]).unwrap();
+    bifocal(here, &["export", "aha", "aha.bifocal"]).unwrap();
+    let refused = |run, below, out, text: &str| {
+        let error = prune(run, below, out, &[]).unwrap_err();
+        assert!(error.contains(text), "{error}");
+    };
+    refused("aha", "0.5", "near", "near holds a checkpoint already");
+    refused("aha", "1.5", "other", "the share to prune below is 1.5, expected 0 to 1");
+    refused("dense", "0.5", "other", "model.attention is full, expected a kind with a learned router");
+    refused("aha.bifocal", "0.5", "other", "aha.bifocal is no folder with the metrics of a run");
+    std::fs::write(here.join("aha/metrics.jsonl"), "").unwrap();
+    refused("aha", "0.5", "other", "how often routers look far: measure it on a text");
+    assert!(!here.join("other").exists());
+}
+
+#[test]
 fn the_demo_shows_gates_that_have_learned() {
     let folder = tempfile::tempdir().unwrap();
     let found = json(folder.path(), &["demo", "--tokens", "512", "--json", "-"]);
@@ -224,6 +287,50 @@ fn the_demo_shows_gates_that_have_learned() {
     let random = ["demo", "--random", "--layers", "1", "--tokens", "128"];
     assert!(bifocal(folder.path(), &random).unwrap().contains("not trained"));
     assert!(bifocal(folder.path(), &["demo", "--layers", "1"]).unwrap_err().contains("--random"));
+}
+
+#[test]
+fn text_comes_from_the_decoder_inside_and_from_runs() {
+    let folder = tempfile::tempdir().unwrap();
+    let here = folder.path();
+    let generate = ["generate", "--max-tokens", "40", "--prompt", "The window shows the near "];
+    let told = |more: &[&str]| bifocal(here, &[&generate[..], more].concat());
+    let greedy = told(&["--greedy"]).unwrap();
+    assert!(greedy.trim_end_matches('\n').len() <= 3 * 40 && greedy.contains("e"), "{greedy}");
+    let found = json(here, &[&generate[..], &["--greedy", "--json", "-"]].concat());
+    assert_eq!(format!("{}\n", found["text"].as_str().unwrap()), greedy);
+    assert_eq!((&found["prompt_tokens"], &found["tokens"]), (&26.into(), &40.into()));
+    assert_eq!(found["end"], "length");
+    let shares = found["far_share"].as_array().expect("shares");
+    assert!(shares.iter().all(|share| share.as_f64().is_some_and(|share| (0.0..=1.0).contains(&share))));
+    assert!(found["cache_bytes"].as_u64() > Some(0) && found["tokens_per_s"].as_f64() > Some(0.0), "{found}");
+
+    let drawn = |seed: &str| told(&["--temperature", "1.5", "--top-k", "60", "--seed", seed]).unwrap();
+    assert_eq!(drawn("3"), drawn("3"));
+    assert_ne!(drawn("3"), drawn("4"));
+    let stop: String = greedy.chars().take(2).collect();
+    assert_eq!(told(&["--greedy", "--stop", &stop]).unwrap(), format!("{stop}\n"));
+
+    // A run, from its folder and from one file.
+    tiny_run(here);
+    train(here, "run", &["--attention", "qada", "--window", "4", "--tau", "0.9", "--steps", "2"]).unwrap();
+    bifocal(here, &["export", "run", "run.bifocal"]).unwrap();
+    std::fs::write(here.join("prompt.txt"), "near ").unwrap();
+    let from = |model| bifocal(here, &["generate", model, "--prompt-file", "prompt.txt", "--greedy"]);
+    assert_eq!(from("run").unwrap(), from("run.bifocal").unwrap());
+
+    for (more, expected) in [
+        (&["--temperature", "0"][..], "temperature is 0, expected a finite number above 0"),
+        (&["--top-p", "1.5"], "top-p is 1.5"),
+        (&["--top-k", "0"], "top-k is 0"),
+        (&["--greedy", "--seed", "1"], "cannot be used with"),
+        (&["run", "--prompt-file", "prompt.txt"], "cannot be used with"),
+        (&["nowhere"], "cannot read nowhere"),
+        (&["run"], "the prompt is 26 bytes long, expected at most the model's context, 16"),
+    ] {
+        let error = told(more).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
 }
 
 #[test]

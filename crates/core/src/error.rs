@@ -194,6 +194,14 @@ pub enum Error {
         /// The first position that is still there.
         first: usize,
     },
+    /// Keys are asked for one by one that a summary of keys has for good.
+    #[error("keys from position {needed} on are needed one by one, those before {covered} are summed up")]
+    SummedUp {
+        /// The first position that is needed.
+        needed: usize,
+        /// The first position that is not summed up.
+        covered: usize,
+    },
     /// A saved sequence cannot be read, or was saved from a cache of another shape.
     #[error("the snapshot {found}, expected {expected}")]
     Snapshot {

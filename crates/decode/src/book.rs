@@ -83,6 +83,11 @@ impl Book {
         self.sequence(slot).length
     }
 
+    /// The first position of a ring that is not overwritten, sinks aside; 0 while all are there.
+    pub(crate) fn kept_from(&self, slot: usize) -> usize {
+        self.sequence(slot).kept_from
+    }
+
     fn sequence(&self, slot: usize) -> &Sequence {
         self.slots[slot].as_ref().expect("a slot that is used")
     }
@@ -100,10 +105,7 @@ impl Book {
     /// Room for `tokens` more in each of `slots`, none of which is named twice. Pages that would be written to and are
     /// shared are copied first.
     pub(crate) fn append(&mut self, slots: &[usize], tokens: usize) -> Result<Orders> {
-        let needed = self.pages_to_append(slots, tokens)?;
-        if needed > self.free.len() {
-            return Err(Error::CacheFull { what: "pages", needed, free: self.free.len() });
-        }
+        self.check_append(slots, tokens)?;
         let mut orders = Orders::default();
         for &slot in slots {
             for entry in self.entries_to_append(slot, tokens) {
@@ -119,6 +121,21 @@ impl Book {
             self.tell_length(slot, &mut orders);
         }
         Ok(orders)
+    }
+
+    /// Checks that there is room for `tokens` more in each of `slots`, none of which is named twice.
+    pub(crate) fn check_append(&self, slots: &[usize], tokens: usize) -> Result<()> {
+        let needed = self.pages_to_append(slots, tokens)?;
+        match needed <= self.free.len() {
+            true => Ok(()),
+            false => Err(Error::CacheFull { what: "pages", needed, free: self.free.len() }),
+        }
+    }
+
+    /// Notes that of a sequence the positions before `from` are not there, as if a ring had overwritten them.
+    pub(crate) fn forget(&mut self, slot: usize, from: usize) {
+        let sequence = self.slots[slot].as_mut().expect("a slot that is used");
+        sequence.kept_from = sequence.kept_from.max(from);
     }
 
     /// Takes back all tokens but the first `length`.

@@ -149,6 +149,13 @@ impl PageTables {
         })
     }
 
+    /// The tables in device memory, `u32 [B, 1 + entries]`: of every sequence its length, then the page of each entry, of which
+    /// there are as many as the capacity fills. Who replays a captured step writes new lengths and pages here first; those
+    /// are not checked.
+    pub fn handle(&self) -> &Handle {
+        &self.tables
+    }
+
     /// What a decode step reads by these tables; its shapes are checked against them when it does.
     pub fn view<'a>(&'a self, key: TensorView<'a, 4>, value: TensorView<'a, 4>) -> CacheView<'a> {
         CacheView {

@@ -170,13 +170,13 @@ impl Blueprint {
 /// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-struct Strides {
-    batch: u32,
-    head: u32,
-    token: u32,
+pub(crate) struct Strides {
+    pub(crate) batch: u32,
+    pub(crate) head: u32,
+    pub(crate) token: u32,
 }
 
-fn strides(view: TensorView<'_, 4>) -> StridesLaunch {
+pub(crate) fn strides(view: TensorView<'_, 4>) -> StridesLaunch {
     let [batch, head, token, _] = view.strides();
     StridesLaunch::new(batch as u32, head as u32, token as u32)
 }

@@ -1,13 +1,13 @@
 use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
-    device::{Gradients, Tensor, TensorView},
+    device::{Gradients, Summaries, Summary, Tensor, TensorView},
 };
 use cubecl::client::Client;
 
 use crate::{
     LeavingKey, LinearInputs, State, mma,
     portable::{
-        self, Call,
+        self, AllNorms, Call,
         geometry::{Geometry, LONGEST_CHUNK},
     },
 };
@@ -79,7 +79,7 @@ impl LinearAttention {
         Reach::Far { sinks: 0, window: self.window }
     }
 
-    /// `[B, Hk, features, Dv]`: the shape of a state, whatever the context.
+    /// `[B, Hk, features, Dv]`: the shape of a state, whatever the context. Packed sequences have one each in place of B.
     pub fn state_shape(&self, problem: &Problem) -> [usize; 4] {
         let features = self.map.features(problem.head_dim);
         [problem.batch, problem.kv_heads, features, problem.value_dim]
@@ -99,7 +99,7 @@ impl LinearAttention {
             return Err(Refusal::NotAsked);
         }
         match routine {
-            Routine::Mma => mma::supports(problem, self.map, profile),
+            Routine::Mma => mma::blueprint(problem, self.map, profile).map(|_| ()),
             Routine::Portable => portable::supports(problem, profile),
             _ => Err(Refusal::NotImplemented),
         }
@@ -158,16 +158,21 @@ impl LinearAttention {
                 Err(refusal) => refusals.push((routine, refusal)),
             }
         }
-        Err(Error::Refused { operator: self.name(), refusals: Refusals(refusals) })
+        Err(self.refused(refusals))
     }
 
-    /// Writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type, and gives the state that the last query met.
-    /// With it and the last [`Window::keys`] keys, which it lacks, a later call or [`step`](Self::step) goes on where this
-    /// one ended. Nothing is read back to the host.
+    fn refused(&self, refusals: Vec<(Routine, Refusal)>) -> Error {
+        Error::Refused { operator: self.name(), refusals: Refusals(refusals) }
+    }
+
+    /// Writes the inputs' rows of `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type, leaves the others, and gives
+    /// the state that the last query met, or would. With it and the last [`Window::keys`] keys, which it lacks, a later call
+    /// or [`step`](Self::step) goes on where this one ended. Nothing is read back to the host.
     ///
     /// # Errors
-    /// [`Error::Refused`]; [`Error::Option`] for sink logits and packed sequences; [`Error::Overlap`] when rows of `out` share
-    /// memory; [`Error::TooLarge`]; otherwise as [`Inputs::check`](bifocal_core::device::Inputs::check).
+    /// [`Error::Refused`]; [`Error::Option`] for sink logits; [`Error::Overlap`] when rows of `out` share memory;
+    /// [`Error::Shape`] for a dispatch plan of another problem; [`Error::TooLarge`]; otherwise as
+    /// [`Inputs::check`](bifocal_core::device::Inputs::check).
     pub fn attend(
         &self,
         client: &Client,
@@ -175,21 +180,33 @@ impl LinearAttention {
         inputs: &LinearInputs<'_>,
         out: &Tensor<4>,
     ) -> Result<State> {
-        inputs.check(client, problem, self.state_shape(problem))?;
+        let state_shape = self.states_of(problem, inputs);
+        inputs.check(client, problem, state_shape)?;
         check_out(client, problem, problem.out_shape(), out)?;
-        let routine = self.routine(problem, &DeviceProfile::of(client), inputs, out)?;
-        if routine == Routine::Mma
-            && let Some(state) = mma::attend(client, problem, inputs, (self.window, self.chunk), out)?
-        {
-            return Ok(state);
+        let profile = DeviceProfile::of(client);
+        let end = Tensor::empty(client, state_shape, Element::F32);
+        match self.routine(problem, &profile, inputs, out)? {
+            Routine::Mma => {
+                let blueprint = mma::blueprint(problem, self.map, &profile);
+                let blueprint = blueprint.map_err(|refusal| self.refused(vec![(Routine::Mma, refusal)]))?;
+                let chunk = |keys| self.chunk.or_else(|| Some(blueprint.chunk(problem, keys, &profile)));
+                for geometry in self.geometries(problem, inputs, chunk)? {
+                    mma::attend(client, inputs, &geometry, blueprint, out, &end);
+                }
+            }
+            _ => {
+                for call in self.calls(client, problem, inputs)? {
+                    call.attend(out, &end);
+                }
+            }
         }
-        Ok(Call::new(client, problem, inputs, self.geometry(problem)?, self.map).attend(out))
+        Ok(State::of(end))
     }
 
-    /// Adds the gradients of queries, keys and values to `gradients`, from that of the outputs (`f32` or of the problem's
-    /// element type) and, if the state that was left went on to somewhere, from that of the state. Gives the gradient of the
-    /// state that came in, if one did. Nothing of the forward pass is needed but its inputs: states are computed again. Two
-    /// runs agree bit for bit.
+    /// Adds the gradients of queries, keys and values, through the inputs' rows, to `gradients`, from that of the outputs
+    /// (`f32` or of the problem's element type) and, if the state that was left went on to somewhere, from that of the state.
+    /// Gives the gradient of the state that came in, if one did. Nothing of the forward pass is needed but its inputs: states
+    /// are computed again. Two runs agree bit for bit.
     ///
     /// # Errors
     /// As [`attend`](Self::attend) and [`Gradients::check`].
@@ -202,7 +219,7 @@ impl LinearAttention {
         d_state: Option<&Tensor<4>>,
         gradients: &Gradients,
     ) -> Result<Option<Tensor<4>>> {
-        let state_shape = self.state_shape(problem);
+        let state_shape = self.states_of(problem, inputs);
         inputs.check(client, problem, state_shape)?;
         gradients.check(client, problem, &inputs.attention)?;
         let element = float_or(problem.element, d_out.element());
@@ -213,8 +230,11 @@ impl LinearAttention {
             d_state.view().check_contiguous(name)?;
         }
         self.first_backward(client, problem)?;
-        let call = Call::new(client, problem, inputs, self.geometry(problem)?, self.map);
-        let d_start = call.backward(d_out, d_state, gradients);
+        let gradients = gradients.clone().cleared(client)?;
+        let d_start = Tensor::empty(client, state_shape, Element::F32);
+        for call in self.calls(client, problem, inputs)? {
+            call.backward(d_out, d_state, &gradients, &d_start);
+        }
         Ok(inputs.state.map(|_| d_start))
     }
 
@@ -252,14 +272,127 @@ impl LinearAttention {
         Ok(())
     }
 
+    /// Several steps of decoding at once, over a cache that keeps states (`SummaryCache` in `bifocal-decode`): each of the
+    /// queries `[B, H, Tq, D]`, which are the last tokens of their sequences, meets its sequence's state and the keys that
+    /// left its window since. Writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type. The problem's key length
+    /// means nothing here.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step) and [`Summaries::check`].
+    pub fn meet(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        query: TensorView<'_, 4>,
+        summaries: &Summaries<'_>,
+        out: &Tensor<4>,
+    ) -> Result<()> {
+        problem.check()?;
+        let Problem { batch, heads, kv_heads, query_len, head_dim, value_dim, element, .. } = *problem;
+        query.check("query", client, [batch, heads, query_len, head_dim], element)?;
+        summaries.check(client, problem, &[self.state_numbers([kv_heads, head_dim, value_dim])])?;
+        check_out(client, problem, problem.out_shape(), out)?;
+        let rows = (batch * heads * query_len) as u128 * summaries.room().max(4) as u128;
+        let keys = 4 * (batch * kv_heads) as u128 * summaries.room() as u128;
+        for (what, size) in
+            [("scores of keys beside a state", rows), ("numbers of the norms of all rows", keys)]
+        {
+            let limit = u128::from(u32::MAX);
+            if size > limit {
+                return Err(Error::TooLarge { what, size, limit });
+            }
+        }
+        self.first_backward(client, problem)?;
+        portable::meet(client, problem, self.map, query, summaries, out);
+        Ok(())
+    }
+
+    fn state_numbers(&self, [kv_heads, head_dim, value_dim]: [usize; 3]) -> usize {
+        kv_heads * self.map.features(head_dim) * value_dim
+    }
+
+    /// One call by the portable routine of checked inputs, or where sequences are packed one of each.
+    fn calls<'a>(
+        &self,
+        client: &'a Client,
+        problem: &'a Problem,
+        inputs: &'a LinearInputs<'a>,
+    ) -> Result<Vec<Call<'a>>> {
+        let geometries = self.geometries(problem, inputs, |_| self.chunk)?;
+        let norms = AllNorms::new(client, inputs, self.map);
+        let call = |geometry| Call::new(client, problem, inputs, geometry, self.map, &norms);
+        Ok(geometries.into_iter().map(call).collect())
+    }
+
+    /// How the batch, or each of the sequences that are packed into it, is cut: into chunks of as many keys as `chunk` says of
+    /// the number of keys that leave, or of as many as suit the portable routine.
+    fn geometries(
+        &self,
+        problem: &Problem,
+        inputs: &LinearInputs<'_>,
+        chunk: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Vec<Geometry>> {
+        let hidden = self.window.keys() as usize;
+        match inputs.attention.sequences {
+            Some(sequences) => Geometry::packed(problem, sequences, hidden, self.map, chunk),
+            None => Ok(vec![Geometry::new(problem, hidden, self.map, chunk)?]),
+        }
+    }
+
     /// The routine of the backward pass, and of steps.
     fn first_backward(&self, client: &Client, problem: &Problem) -> Result<Routine> {
         let profile = DeviceProfile::of(client);
         self.first(|routine| self.supports_backward(routine, problem, &profile))
     }
 
-    fn geometry(&self, problem: &Problem) -> Result<Geometry> {
-        Geometry::new(problem, self.window, self.map, self.chunk)
+    /// The shape of the states of these inputs.
+    fn states_of(&self, problem: &Problem, inputs: &LinearInputs<'_>) -> [usize; 4] {
+        let mut shape = self.state_shape(problem);
+        if let Some(sequences) = inputs.attention.sequences {
+            shape[0] = sequences.count();
+        }
+        shape
+    }
+}
+
+impl Summary for LinearAttention {
+    fn outside(&self) -> (Window, usize) {
+        (self.window, 0)
+    }
+
+    /// One part: the [`State`] of a sequence.
+    fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
+        self.first_backward(client, problem)?;
+        let Problem { kv_heads, head_dim, value_dim, .. } = *problem;
+        Ok(vec![self.state_numbers([kv_heads, head_dim, value_dim])])
+    }
+
+    fn fold(
+        &self,
+        client: &Client,
+        _keys: usize,
+        parts: &[Tensor<1>],
+        key: TensorView<'_, 4>,
+        value: TensorView<'_, 4>,
+    ) -> Result<Vec<Tensor<1>>> {
+        let shape = key.shape();
+        let problem = Problem::new(shape, shape, key.element())?.with_value_dim(value.shape()[3])?;
+        let state_shape = self.state_shape(&problem);
+        let [_, kv_heads, features, value_dim] = state_shape;
+        let [state] = parts else {
+            return Err(Error::shape("the parts of a state", "[1]".to_string(), &[parts.len()]));
+        };
+        let strides = [kv_heads * features * value_dim, features * value_dim, value_dim, 1];
+        let state = State::of(Tensor::new(state.handle().clone(), Element::F32, state_shape, strides));
+        // Sums ask nothing of queries.
+        let inputs = LinearInputs::new(key, key, value).with_state(&state);
+        inputs.check(client, &problem, state_shape)?;
+        let geometry = Geometry::new(&problem, 0, self.map, |_| self.chunk)?;
+        let norms = AllNorms::new(client, &inputs, self.map);
+        let end = Tensor::empty(client, state_shape, Element::F32);
+        Call::new(client, &problem, &inputs, geometry, self.map, &norms).states(&end);
+        let numbers = kv_heads * features * value_dim;
+        Ok(vec![Tensor::new(end.into_handle(), Element::F32, [numbers], [1])])
     }
 }
 

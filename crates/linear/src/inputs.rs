@@ -1,6 +1,6 @@
 use bifocal_core::{
     Element, Error, Problem, Result,
-    device::{Inputs, TensorView},
+    device::{Inputs, Rows, TensorView},
 };
 use cubecl::client::Client;
 
@@ -11,20 +11,27 @@ use crate::State;
 #[derive(Clone, Copy, Debug)]
 #[non_exhaustive]
 pub struct LinearInputs<'a> {
-    /// Query, key and value; neither sink logits nor packed sequences.
+    /// Query, key and value; no sink logits. Packed sequences are computed one after the other, with a state each.
     pub attention: Inputs<'a>,
+    /// Which rows are computed; all unless set. States are those of all keys either way.
+    pub rows: Rows<'a>,
     /// The state before the first key; zeros unless given.
     pub state: Option<&'a State>,
-    /// `[B, Hk, Tk, 1]`, `f32`; one decay per head is a broadcast: before key `j` is added the state shrinks by `exp` of this, which is not above 0
-    /// (GLA's recurrence, arXiv 2312.06635, section 4.1, with one gate for all features). Decays are constants: they get no
-    /// gradient. None in RATTENTION.
+    /// `[B, Hk, Tk, 1]`, `f32`; one decay per head is a broadcast: before key `j` is added the state shrinks by `exp` of
+    /// this, which is not above 0 (GLA's recurrence, arXiv 2312.06635, section 4.1, with one gate for all features). Decays are constants: they
+    /// get no gradient. None in RATTENTION.
     pub log_decay: Option<TensorView<'a, 4>>,
 }
 
 impl<'a> LinearInputs<'a> {
     /// Query, key and value, from an empty state and without decay.
     pub fn new(query: TensorView<'a, 4>, key: TensorView<'a, 4>, value: TensorView<'a, 4>) -> Self {
-        Self { attention: Inputs::new(query, key, value), state: None, log_decay: None }
+        Self { attention: Inputs::new(query, key, value), rows: Rows::All, state: None, log_decay: None }
+    }
+
+    /// Computes these rows, and their gradients, alone.
+    pub fn with_rows(self, rows: Rows<'a>) -> Self {
+        Self { rows, ..self }
     }
 
     /// Starts from a state.
@@ -40,7 +47,8 @@ impl<'a> LinearInputs<'a> {
     /// Checks all that the kernels rely on.
     ///
     /// # Errors
-    /// As [`Inputs::check`]; [`Error::Option`] for sink logits, which belong to a softmax, and for packed sequences.
+    /// As [`Inputs::check`]; [`Error::Option`] for sink logits, which belong to a softmax; [`Error::Shape`] for a plan of
+    /// another problem.
     pub(crate) fn check(&self, client: &Client, problem: &Problem, state_shape: [usize; 4]) -> Result<()> {
         self.attention.check(client, problem)?;
         if self.attention.sink_logits.is_some() {
@@ -50,9 +58,11 @@ impl<'a> LinearInputs<'a> {
                 "none: they join a softmax",
             ));
         }
-        if self.attention.sequences.is_some() {
-            let expected = "none: a state is that of one sequence per batch entry";
-            return Err(Error::option("packed sequences of linear attention", "given", expected));
+        if let Rows::Routed(routed) = self.rows {
+            let shape = [problem.batch, problem.kv_heads, problem.packed_rows()];
+            if routed.shape != shape {
+                return Err(Error::shape("the dispatch plan", format!("{shape:?}"), &routed.shape));
+            }
         }
         if let Some(state) = self.state {
             state.check(client, state_shape)?;

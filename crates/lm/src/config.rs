@@ -31,6 +31,12 @@ pub enum AttentionKind {
         /// Keys that a query sees in the local sub-layer.
         window: usize,
     },
+    /// L2A's local sub-layer alone, which is what [pruning](crate::Pruning) leaves of an L2A layer: a window, behind a norm,
+    /// with norms of queries and keys.
+    L2aLocal {
+        /// Keys that a query sees.
+        window: usize,
+    },
     /// Query-adaptive attention (QAdA, arXiv 2502.09647): a window and the first tokens, then everything else where the moments
     /// of keys say so. It has the weights of full attention and learns nothing for its gate.
     Qada {
@@ -45,6 +51,12 @@ pub enum AttentionKind {
     /// RATTENTION (arXiv 2506.15545): a window, and linear attention to what has left it.
     Rattention {
         /// Keys that a query sees near: the paper's w and one more.
+        window: usize,
+    },
+    /// AHA over a linear far branch (the second question that arXiv 2512.22562 leaves open): a window, and linear attention to
+    /// what has left it where a gate says so.
+    AhaLinear {
+        /// Keys that a query sees near.
         window: usize,
     },
     /// AHA's two branches by a gate that is drawn at random: the control that a learned gate has to beat.
@@ -75,8 +87,10 @@ impl AttentionKind {
             Self::Aha { .. } => "aha",
             Self::MultiWindow { .. } => "multi-window",
             Self::L2a { .. } => "l2a",
+            Self::L2aLocal { .. } => "l2a-local",
             Self::Qada { .. } => "qada",
             Self::Rattention { .. } => "rattention",
+            Self::AhaLinear { .. } => "aha-linear",
             Self::RandomGate { .. } => "random-gate",
             Self::Custom { .. } => "custom",
         }
@@ -89,11 +103,37 @@ impl AttentionKind {
             Self::Window { window }
             | Self::Aha { window }
             | Self::L2a { window }
+            | Self::L2aLocal { window }
             | Self::Qada { window, .. }
             | Self::Rattention { window }
+            | Self::AhaLinear { window }
             | Self::RandomGate { window, .. } => Some(*window),
             Self::MultiWindow { windows } => windows.first().copied(),
         }
+    }
+
+    /// How many keys the query at `position` (from 0) sees by `route`, which is 0 where there is no router: what a decode
+    /// step would have to read. A linear branch reads a state of fixed size and no key. `None` for kinds from outside this
+    /// crate.
+    pub fn keys(&self, route: u8, position: usize) -> Option<usize> {
+        let all = position + 1;
+        let near = |window: usize| window.min(all);
+        Some(match self {
+            Self::Full => all,
+            Self::Window { window }
+            | Self::L2aLocal { window }
+            | Self::Rattention { window }
+            | Self::AhaLinear { window } => near(*window),
+            Self::Aha { window } | Self::RandomGate { window, .. } if route == 0 => near(*window),
+            Self::Qada { window, sinks, .. } if route == 0 => near(window.saturating_add(*sinks as usize)),
+            Self::Aha { .. } | Self::RandomGate { .. } | Self::Qada { .. } => all,
+            // Two sub-layers, one after the other.
+            Self::L2a { window } => near(*window) + if route == 0 { 0 } else { all },
+            Self::MultiWindow { windows } => {
+                windows.get(usize::from(route)).map_or(all, |&window| near(window))
+            }
+            Self::Custom { .. } => return None,
+        })
     }
 }
 
@@ -170,6 +210,17 @@ impl ModelConfig {
             [all] => all,
             each => &each[index],
         }
+    }
+
+    /// Whether some layer has a gate with a threshold, which a [`Budget`] can move.
+    pub(crate) fn has_threshold(&self) -> bool {
+        let gated = |kind: &AttentionKind| {
+            matches!(
+                kind,
+                AttentionKind::Aha { .. } | AttentionKind::AhaLinear { .. } | AttentionKind::L2a { .. }
+            )
+        };
+        (0..self.layers).any(|layer| gated(self.attention_of(layer)))
     }
 }
 
@@ -375,10 +426,7 @@ impl TrainingConfig {
             return Err(Error::setting("validation_share", self.validation_share, "above 0 and below 1"));
         }
         if let Some(Budget { target, step }) = self.budget {
-            let gated = (0..model.layers).any(|layer| {
-                matches!(model.attention_of(layer), AttentionKind::Aha { .. } | AttentionKind::L2a { .. })
-            });
-            if !gated {
+            if !model.has_threshold() {
                 return Err(Error::setting("budget", target, "none: no layer has a gate with a threshold"));
             }
             if !(0.0..=1.0).contains(&target) {
@@ -401,7 +449,7 @@ mod tests {
     #[test]
     fn a_configuration_survives_its_json() {
         let mut config = TrainingConfig::default();
-        config.model.layers = 6;
+        config.model.layers = 8;
         config.model.attention = vec![
             AttentionKind::Full,
             AttentionKind::MultiWindow { windows: vec![16, 64] },
@@ -409,6 +457,8 @@ mod tests {
             AttentionKind::L2a { window: 32 },
             AttentionKind::Qada { window: 32, tau: 0.9, sinks: 4 },
             AttentionKind::Rattention { window: 33 },
+            AttentionKind::L2aLocal { window: 5 },
+            AttentionKind::AhaLinear { window: 8 },
         ];
         config.budget = Some(Budget { target: 0.1, step: 5e-4 });
         let json = serde_json::to_string(&config).unwrap();

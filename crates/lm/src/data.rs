@@ -135,16 +135,18 @@ impl Corpus {
         let kept = (self.tokens() as f64 * config.validation_share) as usize;
         let cut = self.tokens() - kept;
         let context = config.model.context;
-        let parts = [("training", cut, config.batch), ("validation", kept, 1)];
-        for (part, found, windows) in parts {
-            // Each token is told the next one, so there is one more.
-            let expected = context.saturating_mul(windows).saturating_add(1);
-            if found < expected {
-                let why = format!("{windows} x a context of {context}, and the token after it");
-                return Err(Error::TooShort { part, found, expected, why });
-            }
-        }
+        check_length("training", cut, context, config.batch)?;
+        check_length("validation", kept, context, 1)?;
         Ok(Split { training: 0..cut, validation: cut..self.tokens() })
+    }
+
+    /// All tokens, to validate on.
+    ///
+    /// # Errors
+    /// [`Error::TooShort`] when that is not one window.
+    pub(crate) fn whole(&self, context: usize) -> Result<Range<usize>> {
+        check_length("validation", self.tokens(), context, 1)?;
+        Ok(0..self.tokens())
     }
 
     /// Copies tokens from `start` on.
@@ -192,6 +194,17 @@ impl Corpus {
         }
         tokens
     }
+}
+
+/// Checks that a part of a text has so many windows side by side.
+fn check_length(part: &'static str, found: usize, context: usize, windows: usize) -> Result<()> {
+    // Each token is told the next one, so there is one more.
+    let expected = context.saturating_mul(windows).saturating_add(1);
+    if found < expected {
+        let why = format!("{windows} x a context of {context}, and the token after it");
+        return Err(Error::TooShort { part, found, expected, why });
+    }
+    Ok(())
 }
 
 /// Ranges of tokens.

@@ -16,6 +16,8 @@ pub(crate) enum Purpose {
     Leaks,
     /// A pass's random gates; the part is the layer.
     Gates,
+    /// The tokens of a generated text; the part is the place in it.
+    Tokens,
 }
 
 /// SplitMix64 (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, 2014).

@@ -107,6 +107,14 @@ pub enum Error {
         /// What is wrong.
         reason: String,
     },
+    /// A metrics file has no step with shares of far.
+    #[error("{} says of no step up to {last} how often routers look far: measure it on a text", .path.display())]
+    NoShares {
+        /// The file.
+        path: PathBuf,
+        /// The last step that counts.
+        last: u64,
+    },
     /// Training has diverged.
     #[error(
         "the {what} is {value} at step {step}: training has diverged, start anew with a lower learning rate ({kept})"
@@ -120,6 +128,14 @@ pub enum Error {
         step: u64,
         /// Which checkpoint is intact.
         kept: String,
+    },
+    /// What a model says of a token is no number.
+    #[error("the logit of token {token} is {value}: the model's weights are spoilt")]
+    Logit {
+        /// Which token.
+        token: usize,
+        /// Its logit.
+        value: f32,
     },
 }
 

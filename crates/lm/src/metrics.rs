@@ -58,6 +58,13 @@ pub struct ValidationLine {
     pub far: FarShares,
     /// Shares by kind of token, over all layers with a router and all heads; empty without routers.
     pub kinds: Vec<KindShare>,
+    /// The share of each route, the far one last, per layer; `None` for layers without a router.
+    #[serde(default)]
+    pub routes: Vec<Option<Vec<f64>>>,
+    /// Keys that a query sees, the mean over layers, heads and tokens; `None` where
+    /// [a layer](crate::AttentionKind::keys) does not say.
+    #[serde(default)]
+    pub keys: Option<f64>,
 }
 
 /// The share of far of one kind of token.
@@ -103,6 +110,35 @@ pub fn read(path: &Path) -> Result<Vec<Line>> {
         })
     };
     whole.lines().enumerate().map(parse).collect()
+}
+
+/// The mean shares of far over the last `records` steps that a metrics file tells of, up to step `last`.
+///
+/// # Errors
+/// As [`read`]; [`Error::NoShares`] when there is no such step; [`Error::Metrics`] when they are of different models.
+pub fn recorded_far(path: &Path, last: u64, records: usize) -> Result<FarShares> {
+    let lines = read(path)?;
+    let steps = lines.iter().enumerate().rev().filter_map(|(index, line)| match line {
+        Line::Step(line) if line.step <= last => Some((index + 1, &line.far)),
+        _ => None,
+    });
+    let mut mean: Option<FarShares> = None;
+    let count = steps.clone().take(records).count() as f64;
+    for (line, far) in steps.take(records) {
+        let sum = mean.get_or_insert_with(|| {
+            far.iter().map(|heads| heads.as_ref().map(|heads| vec![0.0; heads.len()])).collect()
+        });
+        let heads =
+            |far: &FarShares| -> Vec<_> { far.iter().map(|heads| heads.as_ref().map(Vec::len)).collect() };
+        if heads(sum) != heads(far) {
+            let reason = "it has other layers or heads than the steps after it".to_string();
+            return Err(Error::Metrics { path: path.to_path_buf(), line, reason });
+        }
+        for (sum, share) in sum.iter_mut().flatten().flatten().zip(far.iter().flatten().flatten()) {
+            *sum += share / count;
+        }
+    }
+    mean.ok_or_else(|| Error::NoShares { path: path.to_path_buf(), last })
 }
 
 /// A metrics file that grows.
@@ -166,6 +202,8 @@ mod tests {
             loss: 5.0,
             far: vec![None, Some(vec![0.5, 0.0])],
             kinds: vec![KindShare { kind: TokenKind::Digit, tokens: 7, far: 0.125 }],
+            routes: vec![None, Some(vec![0.75, 0.25])],
+            keys: Some(12.5),
         });
         let collapse = Line::Collapse(Collapse { step: 20, layer: 1, head: 1, side: Side::Near, share: 0.0 });
         vec![step(10), step(20), validation, collapse, step(30)]
@@ -212,6 +250,31 @@ mod tests {
         assert!(matches!(error, Error::Metrics { line: 3, .. }), "{error}");
         fs::write(&path, "").unwrap();
         assert!(read(&path).unwrap().is_empty());
+    }
+
+    #[test]
+    fn recorded_shares_are_those_of_the_last_steps() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("metrics.jsonl");
+        let mut lines = lines();
+        if let Line::Step(step) = &mut lines[4] {
+            step.far[1] = Some(vec![0.0, 0.75]);
+        }
+        write(&path, None, &lines);
+        let far = |last, records| recorded_far(&path, last, records).unwrap();
+        assert_eq!(far(30, 1), [None, Some(vec![0.0, 0.75])]);
+        assert_eq!(far(30, 2), [None, Some(vec![0.25, 0.5])]);
+        // As many as there are.
+        assert_eq!(far(20, 9), [None, Some(vec![0.5, 0.25])]);
+        let error = recorded_far(&path, 9, 3).unwrap_err();
+        assert!(matches!(error, Error::NoShares { last: 9, .. }), "{error}");
+        if let Line::Step(step) = &mut lines[1] {
+            step.far[1] = Some(vec![0.5]);
+        }
+        write(&path, None, &lines);
+        let error = recorded_far(&path, 30, 9).unwrap_err();
+        assert!(matches!(error, Error::Metrics { line: 2, .. }), "{error}");
+        assert_eq!(far(30, 1), [None, Some(vec![0.0, 0.75])]);
     }
 
     #[test]

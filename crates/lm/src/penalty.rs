@@ -6,7 +6,7 @@ use burn::tensor::Tensor;
 use crate::{Attention, Decoder, Result, TrainingConfig, schedule};
 
 /// The penalties of a pass, weighted for `step` and added up, `[1]`; `None` where no router pays. Layers of one kind pay
-/// the mean over them: [`mean_penalty`] for AHA, [`cost_penalty`] for several windows, [`squared_penalty`] for L2A.
+/// the mean over them: [`mean_penalty`] for AHA, its linear far branch included, [`cost_penalty`] for several windows, [`squared_penalty`] for L2A.
 pub(crate) fn penalty(
     config: &TrainingConfig,
     decoder: &Decoder,
@@ -20,7 +20,7 @@ pub(crate) fn penalty(
     for (layer, routing) in decoder.layers.iter().zip(routings) {
         let Some(routing) = routing else { continue };
         match &layer.attention {
-            Attention::Aha(_) => aha.add(|| mean_penalty(routing))?,
+            Attention::Aha(_) | Attention::AhaLinear(_) => aha.add(|| mean_penalty(routing))?,
             Attention::MultiWindow(multi) => {
                 let windows = multi.windows.iter().map(|&window| Window::aha(window));
                 let windows = windows.collect::<bifocal_burn::Result<Vec<_>>>()?;
@@ -78,6 +78,7 @@ mod tests {
 
     #[rstest]
     #[case::aha(AttentionKind::Aha { window: 2 })]
+    #[case::aha_linear(AttentionKind::AhaLinear { window: 2 })]
     #[case::multi_window(AttentionKind::MultiWindow { windows: vec![2, 4] })]
     #[case::l2a(AttentionKind::L2a { window: 2 })]
     fn penalties_are_their_formulas(#[case] kind: AttentionKind) {
@@ -115,7 +116,9 @@ mod tests {
                     let mean = (batch * heads * (tokens - 1)) as f64;
                     expected += match &kind {
                         _ if t + 1 == tokens && reaches * heads > 1 => 0.0,
-                        AttentionKind::Aha { .. } => 2.0 * score(b, h, 0, t) / mean,
+                        AttentionKind::Aha { .. } | AttentionKind::AhaLinear { .. } => {
+                            2.0 * score(b, h, 0, t) / mean
+                        }
                         AttentionKind::MultiWindow { .. } => {
                             let cost = score(b, h, 0, t) * share(2)
                                 + score(b, h, 1, t) * share(4)

@@ -1,35 +1,58 @@
 use bifocal_burn::Routing;
 
-use crate::{KindShare, Result, TokenKind, metrics::FarShares, model::far};
+use crate::{AttentionKind, KindShare, ModelConfig, Result, TokenKind, metrics::FarShares, model::routes};
 
-/// Counts who looks far, by layer, head and kind of token.
+/// Counts who looks where, by layer, head and kind of token, and how many keys are seen.
 pub(crate) struct Tally {
-    /// Per layer and head: tokens, and those that look far.
-    heads: Vec<Vec<[u64; 2]>>,
+    layers: Vec<Layer>,
     /// Per kind of [`TokenKind::ALL`]: tokens, token-heads of all layers, and those of them that look far.
     kinds: [[u64; 3]; TokenKind::ALL.len()],
 }
 
+struct Layer {
+    attention: AttentionKind,
+    /// Per head: tokens, and those that look far.
+    heads: Vec<[u64; 2]>,
+    /// Token-heads by route.
+    routes: Vec<u64>,
+    /// Token-heads, and keys that they see; `None` once a route does not say.
+    keys: Option<[u64; 2]>,
+}
+
 impl Tally {
-    pub(crate) fn new(layers: usize) -> Self {
-        Self { heads: vec![Vec::new(); layers], kinds: Default::default() }
+    pub(crate) fn new(model: &ModelConfig) -> Self {
+        let layer = |index| Layer {
+            attention: model.attention_of(index).clone(),
+            heads: Vec::new(),
+            routes: Vec::new(),
+            keys: Some([0; 2]),
+        };
+        Self { layers: (0..model.layers).map(layer).collect(), kinds: Default::default() }
     }
 
     /// Adds a pass over windows of `length` tokens, row-major, whose last token is only a target.
     pub(crate) fn add(&mut self, tokens: &[i32], length: usize, routings: &[Option<Routing>]) -> Result<()> {
         let rows: Vec<Vec<usize>> = tokens.chunks(length).map(|row| kinds(&row[..length - 1])).collect();
         rows.iter().flatten().for_each(|&kind| self.kinds[kind][0] += 1);
-        for (counts, routing) in self.heads.iter_mut().zip(routings) {
-            let Some(routing) = routing else { continue };
+        for (layer, routing) in self.layers.iter_mut().zip(routings) {
+            let Some(routing) = routing else {
+                rows.iter().for_each(|row| layer.see(&vec![0; row.len()]));
+                continue;
+            };
             let [_, heads, inputs] = routing.shape();
-            counts.resize(heads, [0; 2]);
-            for (row, routes) in far(routing)?.chunks(inputs).enumerate() {
-                for (&far, &kind) in routes.iter().zip(&rows[row / heads]) {
-                    let count = &mut counts[row % heads];
-                    count[0] += 1;
-                    count[1] += u64::from(far);
+            layer.heads.resize(heads, [0; 2]);
+            layer.routes.resize(routing.reaches(), 0);
+            for (row, routes) in routes(routing)?.chunks(inputs).enumerate() {
+                layer.see(routes);
+                for (&route, &kind) in routes.iter().zip(&rows[row / heads]) {
+                    let route = usize::from(route);
+                    let far = u64::from(route + 1 == routing.reaches());
+                    let head = &mut layer.heads[row % heads];
+                    layer.routes[route] += 1;
+                    head[0] += 1;
+                    head[1] += far;
                     self.kinds[kind][1] += 1;
-                    self.kinds[kind][2] += u64::from(far);
+                    self.kinds[kind][2] += far;
                 }
             }
         }
@@ -39,8 +62,24 @@ impl Tally {
     /// Shares per layer and head.
     pub(crate) fn far(&self) -> FarShares {
         let share = |&[tokens, far]: &[u64; 2]| far as f64 / tokens as f64;
-        let layers = self.heads.iter();
+        let layers = self.layers.iter().map(|layer| &layer.heads);
         layers.map(|heads| (!heads.is_empty()).then(|| heads.iter().map(share).collect())).collect()
+    }
+
+    /// Shares per layer and route.
+    pub(crate) fn routes(&self) -> Vec<Option<Vec<f64>>> {
+        let shares = |routes: &Vec<u64>| {
+            let all: u64 = routes.iter().sum();
+            (all > 0).then(|| routes.iter().map(|&rows| rows as f64 / all as f64).collect())
+        };
+        self.layers.iter().map(|layer| shares(&layer.routes)).collect()
+    }
+
+    /// Keys that a query sees: the mean over layers of the mean over their heads and tokens.
+    pub(crate) fn keys(&self) -> Option<f64> {
+        let mean = |layer: &Layer| layer.keys.map(|[rows, keys]| keys as f64 / rows as f64);
+        let layers: Option<Vec<f64>> = self.layers.iter().map(mean).collect();
+        layers.map(|means| means.iter().sum::<f64>() / means.len() as f64)
     }
 
     /// Shares per kind of token, of kinds that were seen; none without routers.
@@ -53,6 +92,16 @@ impl Tally {
             far: far as f64 / token_heads as f64,
         };
         seen.map(share).collect()
+    }
+}
+
+impl Layer {
+    /// Counts the keys of one sequence's queries, from its first token on.
+    fn see(&mut self, routes: &[u8]) {
+        for (position, &route) in routes.iter().enumerate() {
+            let keys = self.attention.keys(route, position);
+            self.keys = self.keys.zip(keys).map(|([rows, sum], keys)| [rows + 1, sum + keys as u64]);
+        }
     }
 }
 
@@ -76,7 +125,10 @@ mod tests {
 
     #[test]
     fn heads_and_kinds_are_counted_alike() {
-        let mut tally = Tally::new(3);
+        let mut model = ModelConfig { layers: 3, ..ModelConfig::default() };
+        model.attention =
+            vec![AttentionKind::Aha { window: 1 }, AttentionKind::Full, AttentionKind::Window { window: 1 }];
+        let mut tally = Tally::new(&model);
         // Two windows of two tokens and a target each.
         let tokens: Vec<i32> = "a1b2 c".bytes().map(i32::from).collect();
         let by_head = routing([1, 0, 0, 0, 1, 1, 0, 1], [2, 2, 2]);
@@ -89,12 +141,21 @@ mod tests {
             share(TokenKind::Space, 1, 1.0),
         ];
         assert_eq!(tally.kinds(), expected);
+        assert_eq!(tally.routes(), [Some(vec![0.5, 0.5]), None, None]);
+        // Two of the far ones are not the first of their window, and see two keys.
+        assert_eq!(tally.keys(), Some((10.0 / 8.0 + 1.5 + 1.0) / 3.0));
     }
 
     #[test]
     fn a_model_without_routers_has_no_shares() {
-        let mut tally = Tally::new(2);
+        let mut model =
+            ModelConfig { layers: 2, attention: vec![AttentionKind::Full], ..ModelConfig::default() };
+        let mut tally = Tally::new(&model);
         tally.add(&[1, 2, 3], 3, &[None, None]).unwrap();
-        assert_eq!((tally.far(), tally.kinds()), (vec![None, None], vec![]));
+        assert_eq!((tally.far(), tally.kinds(), tally.keys()), (vec![None, None], vec![], Some(1.5)));
+        model.attention = vec![AttentionKind::Full, AttentionKind::Custom { name: "unknown".into() }];
+        let mut tally = Tally::new(&model);
+        tally.add(&[1, 2, 3], 3, &[None, None]).unwrap();
+        assert_eq!(tally.keys(), None, "a layer from outside does not say");
     }
 }

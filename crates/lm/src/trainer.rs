@@ -9,7 +9,7 @@ use std::{
 use bifocal_burn::Routing;
 use burn::{
     module::{Module, ModuleMapper, Param},
-    tensor::{DType, Device, Int, Tensor, TensorData, activation::log_softmax},
+    tensor::{DType, Device, Tensor},
 };
 
 use crate::{
@@ -21,7 +21,7 @@ use crate::{
     optimiser::{AdamW, Gradients},
     penalty::penalty,
     schedule,
-    tally::Tally,
+    validation::{Validation, batch, cross_entropy, scalar},
 };
 
 /// The name of the checkpoint in a run's folder.
@@ -262,23 +262,10 @@ impl Trainer {
     /// # Errors
     /// [`Error::NotFinite`], [`Error::Attention`].
     pub fn validate(&self) -> Result<ValidationLine> {
-        let &TrainingConfig { batch: rows, validation_windows, seed, .. } = &self.config;
-        let length = self.config.model.context + 1;
-        let tokens = self.corpus.spread(&self.split.validation, validation_windows, length);
-        let decoder = self.computing();
-        let mut tally = Tally::new(self.config.model.layers);
-        let mut sum = 0.0;
-        for (pass, tokens) in tokens.chunks(rows * length).enumerate() {
-            // Step 0 is no step of training.
-            let seed = Draws::new(seed, Purpose::Passes, &[0, pass as u64]).bits();
-            let (inputs, targets) = batch(tokens, length, &self.device);
-            let forward = decoder.forward(inputs, Pass { seed, leak: 0.0 })?;
-            let loss = scalar(&cross_entropy(forward.logits, targets))?;
-            sum += check_finite("validation loss", loss, self.step, &self.kept)? * tokens.len() as f64;
-            tally.add(tokens, length, &forward.routings)?;
-        }
-        let loss = sum / tokens.len() as f64;
-        Ok(ValidationLine { step: self.step, loss, far: tally.far(), kinds: tally.kinds() })
+        let part = &self.split.validation;
+        let validation = Validation { config: &self.config, corpus: &self.corpus, part, step: self.step };
+        let finite = |loss| check_finite("validation loss", loss, self.step, &self.kept);
+        validation.run(&self.computing(), finite)
     }
 
     fn save(&mut self, path: &Path) -> Result<()> {
@@ -367,30 +354,6 @@ fn steer(controller: &mut BudgetController, decoder: &mut Decoder, far: &[Option
             decoder.set_threshold(layer, controller.update(layer, share));
         }
     }
-}
-
-/// Windows of `length` tokens, row-major, as inputs `[B, length - 1]` and what comes after each of them.
-fn batch(tokens: &[i32], length: usize, device: &Device) -> (Tensor<2, Int>, Tensor<2, Int>) {
-    let part = |from: usize| {
-        let rows = tokens.chunks(length);
-        let values: Vec<i32> = rows.flat_map(|row| row[from..from + length - 1].iter().copied()).collect();
-        let shape = [tokens.len() / length, length - 1];
-        Tensor::<2, Int>::from_data(TensorData::new(values, shape), device)
-    };
-    (part(0), part(1))
-}
-
-/// The mean over all tokens of minus the log-probability of what comes after, in nats, `[1]`.
-fn cross_entropy(logits: Tensor<3>, targets: Tensor<2, Int>) -> Tensor<1> {
-    let [batch, tokens, vocabulary] = logits.dims();
-    let rows = batch * tokens;
-    let log = log_softmax(logits.reshape([rows, vocabulary]), 1);
-    log.gather(1, targets.reshape([rows, 1])).mean().neg()
-}
-
-/// Reads one number. Waits for the device.
-fn scalar(tensor: &Tensor<1>) -> Result<f64> {
-    tensor.clone().try_into_scalar::<f32>().map(f64::from).map_err(Error::runtime)
 }
 
 fn tell(metrics: &mut Metrics, line: &Line, watch: &mut dyn FnMut(Progress<'_>)) -> Result<()> {

@@ -6,9 +6,11 @@ use crate::{
     select, softmax_choice,
 };
 
+mod aha_linear;
 mod backward;
 mod rattention;
 
+pub use aha_linear::{AhaLinearGradients, AhaLinearLayer, aha_linear, aha_linear_backward};
 pub use backward::LayerGradients;
 pub use rattention::RattentionLayer;
 

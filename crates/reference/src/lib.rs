@@ -7,8 +7,8 @@
 //! One file per topic, along the data's way: [`linear`] and [`SigmoidGate`] or [`softmax_choice`] turn hidden
 //! states into routes, [`lists`] turns routes into a dispatch plan, [`attention`] computes what each reach
 //! gives, [`select`], [`merge`], [`mix`] and [`mask`] combine it, and the layers ([`AhaLayer`],
-//! [`MultiWindowLayer`], [`L2aLayer`], [`RattentionLayer`]) put the parts together; RATTENTION's own are
-//! [`linear_attention`] and [`norm_sum`]; [`Qada`] decides by what it remembers of keys, their [`Moments`]. The way back:
+//! [`MultiWindowLayer`], [`L2aLayer`], [`RattentionLayer`], [`AhaLinearLayer`]) put the parts together;
+//! RATTENTION's own are [`linear_attention`] and [`norm_sum`]; [`Qada`] decides by what it remembers of keys, their [`Moments`]. The way back:
 //! [`attention_backward`] for queries, keys
 //! and values, [`gate_backward`] or [`choice_backward`] and then [`linear_backward`] for routers, and the penalties on
 //! scores with their gradients. Step by step: [`KvModel`], a cache of keys and values.
@@ -38,6 +38,7 @@ mod attention;
 mod backward;
 mod cache;
 mod combine;
+mod gated_output;
 mod layers;
 mod linear_attention;
 mod moments;
@@ -58,19 +59,24 @@ pub use attention::{Options, Partial, attention, attention_where};
 pub use backward::{Gradients, attention_backward, attention_backward_where};
 pub use cache::KvModel;
 pub use combine::{mask, merge, mix, select};
+pub use gated_output::{gated_output, gated_output_backward};
 pub use layers::{
-    AhaLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer, Projections, QkNorm, RattentionLayer,
+    AhaLayer, AhaLinearGradients, AhaLinearLayer, L2aLayer, LayerGradients, LayerOutput, MultiWindowLayer,
+    Projections, QkNorm, RattentionLayer, aha_linear, aha_linear_backward,
 };
 pub use linear_attention::{
     LinearAttentionGradients, LinearOptions, LinearOutput, features, features_backward, linear_attention,
     linear_attention_backward,
 };
-pub use moments::{Covariance, Moments, Qada, QadaOutput, static_labels};
+pub use moments::{Covariance, Moments, Qada, QadaOutput, low_rank, static_labels};
 pub use norm::{rms_norm, rms_norm_backward};
 pub use norm_sum::{norm_sum, norm_sum_backward};
 pub use penalty::{cost_penalty, mean_penalty, penalty_ramp, squared_penalty};
 pub use plan::{INVALID_ROW, Plan, lists};
-pub use ragged::{ragged_attention_backward_where, ragged_attention_where};
+pub use ragged::{
+    ragged_attention_backward_where, ragged_attention_where, ragged_linear_attention,
+    ragged_linear_attention_backward,
+};
 pub use rope::{rope, rope_backward};
 pub use router::{
     INVALID_ROUTE, LinearGradients, SigmoidGate, linear, linear_backward, linear_choice,

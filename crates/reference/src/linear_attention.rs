@@ -80,7 +80,7 @@ impl<F: Float> LinearOptions<F> {
 pub struct LinearOutput<F> {
     /// `[B, H, Tq, Dv]`.
     pub out: Array<F, 4>,
-    /// `[B, Hk, features, Dv]`: the state that the last query met.
+    /// `[B, Hk, features, Dv]`: the state that the last query met; without any, that one at the last key would.
     pub state: Array<F, 4>,
 }
 
@@ -105,8 +105,8 @@ pub fn linear_attention<F: Float>(
     let group = heads / kv_heads;
     for (b, g) in pairs(batch, kv_heads) {
         let mut next = 0;
-        for t in 0..query_len {
-            while (next as i64) <= horizon(q, k, options, t) {
+        let mut meet = |state: &mut Array<F, 4>, horizon: i64| {
+            while (next as i64) <= horizon {
                 let decay = options.log_decay.as_ref().map_or(F::one(), |decay| decay[[b, g, next]].exp());
                 let key = features(options.map, k.row([b, g, next]));
                 for (f, &feature) in key.iter().enumerate() {
@@ -116,6 +116,9 @@ pub fn linear_attention<F: Float>(
                 }
                 next += 1;
             }
+        };
+        for t in 0..query_len {
+            meet(&mut state, horizon(q, k, options, t));
             for h in g * group..(g + 1) * group {
                 for (f, &feature) in features(options.map, q.row([b, h, t])).iter().enumerate() {
                     let read: Vec<F> = state.row([b, g, f]).iter().map(|&x| (options.round)(x)).collect();
@@ -123,6 +126,7 @@ pub fn linear_attention<F: Float>(
                 }
             }
         }
+        meet(&mut state, last_horizon(k, options));
     }
     LinearOutput { out, state }
 }
@@ -194,7 +198,7 @@ pub fn linear_attention_backward<F: Float>(
             let d_q = features_backward(map, q.row([b, h, t]), &d_query);
             gradients.query.row_mut([b, h, t]).copy_from_slice(&d_q);
         }
-        let end = horizon(q, k, options, query_len - 1);
+        let end = last_horizon(k, options);
         for f in 0..count {
             let d_row = d_state.row([b, g, f]);
             add_scaled(gradients.state.row_mut([b, g, f]), decay(0, end), d_row);
@@ -215,6 +219,11 @@ pub fn linear_attention_backward<F: Float>(
 /// The last key that the query of token `t` meets through the state; negative where there is none.
 fn horizon<F: Float>(q: &Array<F, 4>, k: &Array<F, 4>, options: &LinearOptions<F>, t: usize) -> i64 {
     t as i64 + k.shape()[2] as i64 - q.shape()[2] as i64 - i64::from(options.window.keys())
+}
+
+/// That of the query at the last key.
+fn last_horizon<F: Float>(k: &Array<F, 4>, options: &LinearOptions<F>) -> i64 {
+    k.shape()[2] as i64 - 1 - i64::from(options.window.keys())
 }
 
 /// The state before the first key.

@@ -75,6 +75,23 @@ impl<F: Float> Moments<F> {
     }
 }
 
+/// A covariance `[D, D]` by a low rank: as it is along the orthonormal rows U `[r, D]`, and of what is left the diagonal,
+/// `P Sigma P + diag(Sigma - P Sigma P)` with `P = U^T U`.
+///
+/// # Panics
+/// When shapes do not fit.
+pub fn low_rank<F: Float>(covariance: &Array<F, 2>, directions: &Array<F, 2>) -> Array<F, 2> {
+    let [rank, dim] = directions.shape();
+    assert_eq!(covariance.shape(), [dim, dim], "a covariance of these channels");
+    let projection =
+        Array::from_fn([dim, dim], |[i, j]| sum((0..rank).map(|a| directions[[a, i]] * directions[[a, j]])));
+    let times = |a: &Array<F, 2>, b: &Array<F, 2>| {
+        Array::from_fn([dim, dim], |[i, j]| sum((0..dim).map(|k| a[[i, k]] * b[[k, j]])))
+    };
+    let along = times(&times(&projection, covariance), &projection);
+    Array::from_fn([dim, dim], |at| if at[0] == at[1] { covariance[at] } else { along[at] })
+}
+
 /// How much of the keys' covariance is looked at.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Covariance {

@@ -4,9 +4,9 @@ use bifocal_core::Reach;
 use num_traits::Float;
 
 use crate::{
-    Array, Gradients, Options, Partial,
+    Array, Gradients, LinearAttentionGradients, LinearOptions, LinearOutput, Options, Partial,
     array::{add_scaled, indices},
-    attention_backward_where, attention_where,
+    attention_backward_where, attention_where, linear_attention, linear_attention_backward,
 };
 
 /// Sequences of different lengths, packed one after the other into a batch of 1: each is cut out, run on its own and
@@ -78,6 +78,103 @@ pub fn ragged_attention_backward_where<F: Float>(
         add_scaled(&mut packed.sink_logits, F::one(), &alone.sink_logits);
     }
     packed
+}
+
+/// [`linear_attention`](crate::linear_attention) of packed sequences, each on its own with a state of its own: states are
+/// `[sequences, Hk, features, Dv]`.
+///
+/// # Panics
+/// As [`ragged_attention_where`] and [`linear_attention`](crate::linear_attention).
+pub fn ragged_linear_attention<F: Float>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    v: &Array<F, 4>,
+    lengths: (&[usize], &[usize]),
+    options: &LinearOptions<F>,
+) -> LinearOutput<F> {
+    let ([_, heads, query_len, _], value_dim) = (q.shape(), v.shape()[3]);
+    let mut packed = LinearOutput {
+        out: Array::filled([1, heads, query_len, value_dim], F::zero()),
+        state: Array::filled(state_shape(q, k, v, lengths, options), F::zero()),
+    };
+    for (at, (query, key)) in sequences(q, k, lengths).enumerate() {
+        let (alone_q, alone_k) = (tokens(q, query.clone()), tokens(k, key.clone()));
+        let options = options_of(options, at, key.clone());
+        let alone = linear_attention(&alone_q, &alone_k, &tokens(v, key), &options);
+        put(&mut packed.out, &alone.out, query.start);
+        put_state(&mut packed.state, &alone.state, at);
+    }
+    packed
+}
+
+/// The backward pass of [`ragged_linear_attention`].
+///
+/// # Panics
+/// As [`ragged_linear_attention`].
+pub fn ragged_linear_attention_backward<F: Float>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    v: &Array<F, 4>,
+    lengths: (&[usize], &[usize]),
+    options: &LinearOptions<F>,
+    d_out: &Array<F, 4>,
+    d_state: &Array<F, 4>,
+) -> LinearAttentionGradients<F> {
+    let mut packed = LinearAttentionGradients {
+        query: Array::filled(q.shape(), F::zero()),
+        key: Array::filled(k.shape(), F::zero()),
+        value: Array::filled(v.shape(), F::zero()),
+        state: Array::filled(state_shape(q, k, v, lengths, options), F::zero()),
+    };
+    for (at, (query, key)) in sequences(q, k, lengths).enumerate() {
+        let alone = linear_attention_backward(
+            &tokens(q, query.clone()),
+            &tokens(k, key.clone()),
+            &tokens(v, key.clone()),
+            &options_of(options, at, key.clone()),
+            &tokens(d_out, query.clone()),
+            &state_of(d_state, at),
+        );
+        put(&mut packed.query, &alone.query, query.start);
+        put(&mut packed.key, &alone.key, key.start);
+        put(&mut packed.value, &alone.value, key.start);
+        put_state(&mut packed.state, &alone.state, at);
+    }
+    packed
+}
+
+/// `[sequences, Hk, features, Dv]`.
+fn state_shape<F: Float>(
+    q: &Array<F, 4>,
+    k: &Array<F, 4>,
+    v: &Array<F, 4>,
+    lengths: (&[usize], &[usize]),
+    options: &LinearOptions<F>,
+) -> [usize; 4] {
+    let [_, kv_heads, _, head_dim] = k.shape();
+    [sequences(q, k, lengths).count(), kv_heads, options.map.features(head_dim), v.shape()[3]]
+}
+
+/// What is the sequence's own: its keys' decays and its state.
+fn options_of<F: Float>(options: &LinearOptions<F>, at: usize, keys: Range<usize>) -> LinearOptions<F> {
+    let log_decay = options.log_decay.as_ref().map(|decay| {
+        let [_, kv_heads, _] = decay.shape();
+        Array::from_fn([1, kv_heads, keys.len()], |[_, g, j]| decay[[0, g, keys.start + j]])
+    });
+    let state = options.state.as_ref().map(|state| state_of(state, at));
+    LinearOptions { log_decay, state, ..options.clone() }
+}
+
+fn state_of<F: Float>(states: &Array<F, 4>, at: usize) -> Array<F, 4> {
+    let [_, kv_heads, features, dim] = states.shape();
+    Array::from_fn([1, kv_heads, features, dim], |[_, g, f, d]| states[[at, g, f, d]])
+}
+
+fn put_state<F: Float>(states: &mut Array<F, 4>, alone: &Array<F, 4>, at: usize) {
+    let [_, kv_heads, features, _] = alone.shape();
+    for [g, f] in indices([kv_heads, features]) {
+        states.row_mut([at, g, f]).copy_from_slice(alone.row([0, g, f]));
+    }
 }
 
 /// The query tokens and the key tokens of each sequence.

@@ -1,7 +1,7 @@
 use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Refusal, Refusals, Result, Routine, Window,
     device::{
-        Decision, Inputs, RouteGeometry, Tensor, TensorView,
+        Decision, Inputs, RouteGeometry, Summaries, Summary, Tensor, TensorView,
         launch::{elements, grid, words},
     },
 };
@@ -12,7 +12,7 @@ mod mma;
 
 pub use self::mma::sources;
 use self::{
-    kernels::{Blueprint, NumbersLaunch, decide_kernel, predict_kernel},
+    kernels::{Blueprint, NumbersLaunch, Source, decide_kernel, predict_kernel},
     mma::Bulks,
 };
 use crate::{
@@ -58,7 +58,7 @@ impl MomentGate {
         Self { sinks, ..self }
     }
 
-    /// Sets how much of the covariance is looked at.
+    /// Sets how much of the covariance is looked at. A low rank asks for moments that are given.
     pub const fn with_covariance(self, covariance: Covariance) -> Self {
         Self { covariance, ..self }
     }
@@ -86,6 +86,11 @@ impl MomentGate {
         self.sinks
     }
 
+    /// The share of the softmax that keeps a row near.
+    pub const fn tau(&self) -> f32 {
+        self.tau
+    }
+
     /// How much of the covariance is looked at.
     pub const fn covariance(&self) -> Covariance {
         self.covariance
@@ -98,9 +103,9 @@ impl MomentGate {
     /// whatever keys they were taken from (a calibration, a cache that keeps them up to date), for all rows alike.
     ///
     /// # Errors
-    /// [`Error::Option`] with a softcap, under which scores are not normal, and with packed sequences; [`Error::Shape`] when
-    /// given moments are of other heads or remember less of the covariance; [`Error::Refused`] when every routine refuses
-    /// ([`routine`](Self::routine)); [`Error::TooLarge`]; as [`Inputs::check`].
+    /// [`Error::Option`] with a softcap, under which scores are not normal, with packed sequences, and for a low rank without
+    /// moments; [`Error::Shape`] when given moments are of other heads or remember less of the covariance;
+    /// [`Error::Refused`] when every routine refuses ([`routine`](Self::routine)); [`Error::TooLarge`]; as [`Inputs::check`].
     pub fn predict(
         &self,
         client: &Client,
@@ -110,18 +115,23 @@ impl MomentGate {
     ) -> Result<Tensor<4>> {
         inputs.check(client, problem)?;
         let profile = DeviceProfile::of(client);
-        takes(problem, inputs)?;
+        if inputs.sequences.is_some() {
+            let expected = "none: moments are those of a batch entry's keys";
+            return Err(Error::option("packed sequences", "given", expected));
+        }
+        takes(problem)?;
         let routine = self.routine(problem, &profile, inputs, given)?;
-        let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, .. } = *problem;
+        let Problem { batch, kv_heads, query_len, key_len, head_dim, .. } = *problem;
         // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
         let sinks = (self.sinks as usize).min(key_len);
         let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;
         let largest = (bulk + query_len as i64 - 1).max(0) as usize;
         if routine == Routine::Mma {
-            let bulks = Bulks { first: bulk.max(-(1 << 30)), largest, sinks };
-            if let Some(predicted) = mma::predict(client, problem, inputs, bulks, self.chunk)? {
-                return Ok(predicted);
-            }
+            let blueprint = mma::blueprint(problem, self.covariance, &profile);
+            let blueprint = blueprint.map_err(|refusal| refused(vec![(routine, refusal)]))?;
+            let chunk = self.chunk.unwrap_or_else(|| blueprint.chunk(problem, largest, &profile));
+            let bulks = Bulks { first: bulk.max(-(1 << 30)), largest, sinks, chunk: chunk.min(key_len) };
+            return mma::predict(client, problem, inputs, blueprint, bulks);
         }
         let chunk = self.chunk.unwrap_or(largest.div_ceil(256).next_power_of_two().max(64)).min(key_len);
         let own;
@@ -139,10 +149,9 @@ impl MomentGate {
                 (own.means.handle(), own.scatters.handle(), own.slots, batch * kv_heads, 1.0)
             }
         };
-        let predicted = Tensor::empty(client, [batch, heads, 1, query_len], Element::F32);
-        let blueprint = blueprint(problem, &profile, self.covariance, given.is_none());
-        let tiles = batch * kv_heads * problem.packed_rows().div_ceil(blueprint.lanes);
-        let (cubes, units) = grid(client, tiles);
+        let source = if given.is_some() { Source::Given } else { Source::Bulk };
+        let (predicted, blueprint) = self.room(client, problem, &profile, source);
+        let (cubes, units) = grid(client, tiles(problem, &blueprint));
         let numbers = NumbersLaunch::new(
             (batch * kv_heads) as u32,
             kv_heads as u32,
@@ -155,6 +164,7 @@ impl MomentGate {
             slots as u32,
             given_lists as u32,
             given_keys,
+            self.covariance.rows(head_dim) as u32,
             problem.scale,
             f32::NEG_INFINITY,
         );
@@ -168,6 +178,8 @@ impl MomentGate {
                 elements(inputs.key),
                 words(means),
                 words(scatters),
+                // Nothing reads spans.
+                words(means),
                 elements(predicted.view()),
                 strides(inputs.query),
                 strides(inputs.key),
@@ -178,6 +190,84 @@ impl MomentGate {
             );
         }
         Ok(predicted)
+    }
+
+    /// [`predict`](Self::predict) for a decode step over a cache that keeps moments (`SummaryCache` in `bifocal-decode`):
+    /// `query [B, H, Tq, D]` are the last tokens of their sequences, and moments are those of the very keys in each bulk. The
+    /// problem's key length means nothing here.
+    ///
+    /// # Errors
+    /// As [`predict`](Self::predict) and [`Summaries::check`].
+    pub fn predict_step(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        query: TensorView<'_, 4>,
+        summaries: &Summaries<'_>,
+    ) -> Result<Tensor<4>> {
+        problem.check()?;
+        let Problem { batch, heads, kv_heads, query_len, head_dim, .. } = *problem;
+        query.check("query", client, [batch, heads, query_len, head_dim], problem.element)?;
+        summaries.check(client, problem, &self.part_lengths(kv_heads, head_dim))?;
+        let profile = DeviceProfile::of(client);
+        self.check_steps(problem, &profile)?;
+        let (predicted, blueprint) = self.room(client, problem, &profile, Source::Summaries);
+        let (cubes, units) = grid(client, tiles(problem, &blueprint));
+        let key = summaries.key.view();
+        let numbers = NumbersLaunch::new(
+            (batch * kv_heads) as u32,
+            kv_heads as u32,
+            problem.group() as u32,
+            query_len as u32,
+            head_dim as u32,
+            0,
+            0,
+            1,
+            1,
+            1,
+            1.0,
+            self.covariance.rows(head_dim) as u32,
+            problem.scale,
+            f32::NEG_INFINITY,
+        );
+        // SAFETY: queries and summaries were checked against the problem; each unit checks its rows.
+        unsafe {
+            predict_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                elements(query),
+                elements(key),
+                elements(summaries.parts[0].view()),
+                elements(summaries.parts[1].view()),
+                words(&summaries.spans),
+                elements(predicted.view()),
+                strides(query),
+                strides(key),
+                numbers,
+                blueprint,
+                problem.element.into(),
+                blueprint.lanes,
+            );
+        }
+        Ok(predicted)
+    }
+
+    /// Room for a prediction, and what it is compiled for.
+    fn room(
+        &self,
+        client: &Client,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        source: Source,
+    ) -> (Tensor<4>, Blueprint) {
+        let shape = [problem.batch, problem.heads, 1, problem.query_len];
+        (Tensor::empty(client, shape, Element::F32), blueprint(problem, profile, self.covariance, source))
+    }
+
+    /// Numbers of the mean, and of the scatter.
+    fn part_lengths(&self, kv_heads: usize, head_dim: usize) -> [usize; 2] {
+        [kv_heads * head_dim, kv_heads * self.covariance.rows(head_dim) * head_dim]
     }
 
     /// Routes `[B, H, Tq]` of two reaches from the log-sum-exp of the near branch, `[B, H, Tq]`, and the predicted mass
@@ -235,7 +325,7 @@ impl MomentGate {
     ) -> Result<(), Refusal> {
         match routine {
             Routine::Mma if problem.routine == Some(Routine::Portable) => Err(Refusal::NotAsked),
-            Routine::Mma => mma::supports(problem, self.covariance, profile),
+            Routine::Mma => mma::blueprint(problem, self.covariance, profile).map(|_| ()),
             Routine::Portable if !profile.elements.contains(&problem.element) => {
                 Err(Refusal::Element { element: problem.element, device: profile.elements.clone() })
             }
@@ -271,7 +361,14 @@ impl MomentGate {
                 Err(refusal) => refusals.push((routine, refusal)),
             }
         }
-        Err(Error::Refused { operator: "moment gate", refusals: Refusals(refusals) })
+        Err(refused(refusals))
+    }
+
+    /// Checks what steps of decoding, and caches, which have the portable routine alone, need of the problem.
+    fn check_steps(&self, problem: &Problem, profile: &DeviceProfile) -> Result<()> {
+        takes(problem)?;
+        let supported = self.supports(Routine::Portable, problem, profile);
+        supported.map_err(|refusal| refused(vec![(Routine::Portable, refusal)]))
     }
 
     fn check_given(&self, client: &Client, problem: &Problem, moments: &Moments) -> Result<()> {
@@ -281,18 +378,69 @@ impl MomentGate {
         let rows = self.covariance.rows(head_dim);
         let (mean, scatter) = (moments.mean.view(), moments.scatter.view());
         mean.check("the mean key", client, [of_batch, kv_heads, head_dim], Element::F32)?;
-        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)
+        scatter.check("the scatter of keys", client, [of_batch, kv_heads, rows, head_dim], Element::F32)?;
+        // As many rows may mean something else.
+        let low_rank = [self.covariance, moments.covariance()];
+        let low_rank =
+            low_rank.into_iter().any(|covariance| matches!(covariance, Covariance::LowRank { .. }));
+        if low_rank && moments.covariance() != self.covariance {
+            let found = format!("{:?}", moments.covariance());
+            return Err(Error::option(
+                "the covariance of given moments",
+                found,
+                format!("{:?}", self.covariance),
+            ));
+        }
+        Ok(())
     }
 }
 
+impl Summary for MomentGate {
+    fn outside(&self) -> (Window, usize) {
+        (self.window, self.sinks as usize)
+    }
+
+    /// Two parts: the mean key, and the scatter about it.
+    fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
+        self.covariance.check_sums()?;
+        self.check_steps(problem, &DeviceProfile::of(client))?;
+        Ok(self.part_lengths(problem.kv_heads, problem.head_dim).to_vec())
+    }
+
+    fn fold(
+        &self,
+        client: &Client,
+        keys: usize,
+        parts: &[Tensor<1>],
+        key: TensorView<'_, 4>,
+        _value: TensorView<'_, 4>,
+    ) -> Result<Vec<Tensor<1>>> {
+        let more = Moments::of(client, key, 0..key.shape()[2], self.covariance)?;
+        let [mean, scatter] = parts else {
+            return Err(Error::shape("the parts of moments", "[2]", &[parts.len()]));
+        };
+        let all = more.after(client, keys, [mean.handle(), scatter.handle()])?;
+        let [mean, scatter] = self.part_lengths(key.shape()[1], key.shape()[3]);
+        Ok(vec![
+            Tensor::new(all.mean.into_handle(), Element::F32, [mean], [1]),
+            Tensor::new(all.scatter.into_handle(), Element::F32, [scatter], [1]),
+        ])
+    }
+}
+
+/// How many units predict.
+fn tiles(problem: &Problem, blueprint: &Blueprint) -> usize {
+    problem.batch * problem.kv_heads * problem.packed_rows().div_ceil(blueprint.lanes)
+}
+
+fn refused(refusals: Vec<(Routine, Refusal)>) -> Error {
+    Error::Refused { operator: "moment gate", refusals: Refusals(refusals) }
+}
+
 /// Refuses what no routine predicts for.
-fn takes(problem: &Problem, inputs: &Inputs<'_>) -> Result<()> {
+fn takes(problem: &Problem) -> Result<()> {
     if let Some(cap) = problem.softcap {
         return Err(Error::option("softcap", cap, "none: scores under a softcap are not normal"));
-    }
-    if inputs.sequences.is_some() {
-        let expected = "none: moments are those of a batch entry's keys";
-        return Err(Error::option("packed sequences", "given", expected));
     }
     Ok(())
 }
@@ -303,12 +451,12 @@ fn blueprint(
     problem: &Problem,
     profile: &DeviceProfile,
     covariance: Covariance,
-    streaming: bool,
+    source: Source,
 ) -> Blueprint {
     let head_dim = problem.head_dim;
     Blueprint {
         covariance,
-        streaming,
+        source,
         head_dim,
         lanes: match profile.cpu_cores {
             Some(_) => (profile.vector_bits / 32).clamp(4, 16) as usize,

@@ -7,7 +7,7 @@ use bifocal_core::{
         launch::{elements, grid, words},
     },
 };
-use cubecl::client::Client;
+use cubecl::{client::Client, server::Handle};
 
 mod kernels;
 
@@ -24,6 +24,12 @@ pub enum Covariance {
     Full,
     /// The variance of each channel, as if channels were independent: D numbers, and D products per query.
     Diagonal,
+    /// All of it along a few directions and the variance of each channel beside: see [`Moments::low_rank`], which alone makes
+    /// such moments. (rank + 1) D numbers, and as many products per query.
+    LowRank {
+        /// How many directions.
+        rank: usize,
+    },
 }
 
 impl Covariance {
@@ -32,6 +38,21 @@ impl Covariance {
         match self {
             Self::Full => head_dim,
             Self::Diagonal => 1,
+            Self::LowRank { rank } => rank + 1,
+        }
+    }
+
+    /// Checks that it is a sum over keys.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a low rank.
+    pub(crate) fn check_sums(self) -> Result<()> {
+        match self {
+            Self::Full | Self::Diagonal => Ok(()),
+            Self::LowRank { rank } => {
+                let expected = "full or diagonal: a low rank is fitted to moments that are known";
+                Err(Error::option("the covariance of summed moments", format!("of rank {rank}"), expected))
+            }
         }
     }
 }
@@ -48,11 +69,12 @@ const CHUNK: usize = 256;
 /// "Updating formulae and a pairwise algorithm for computing sample variances", 1979).
 #[derive(Clone, Debug)]
 pub struct Moments {
-    keys: usize,
-    covariance: Covariance,
+    pub(crate) keys: usize,
+    pub(crate) covariance: Covariance,
     /// `[B, Hk, D]`.
     pub(crate) mean: Tensor<3>,
-    /// `[B, Hk, D or 1, D]`.
+    /// `[B, Hk, D or 1, D]`. Of a low rank the first row is the variances that are left, times the number of keys; the squares
+    /// of a query's products with the others add to what these give.
     pub(crate) scatter: Tensor<4>,
 }
 
@@ -71,7 +93,8 @@ impl Moments {
     /// Of the keys at positions `range` of `[B, Hk, Tk, D]`.
     ///
     /// # Errors
-    /// [`Error::Option`] for a range that is empty or ends beyond the keys; [`Error::TooLarge`]; as [`TensorView::check`].
+    /// [`Error::Option`] for a range that is empty or ends beyond the keys, and for a low rank; [`Error::TooLarge`]; as
+    /// [`TensorView::check`].
     pub fn of(
         client: &Client,
         key: TensorView<'_, 4>,
@@ -164,8 +187,9 @@ impl Moments {
     /// Reads the moments back. Waits for the device.
     ///
     /// # Errors
-    /// [`Error::Runtime`].
+    /// [`Error::Option`] for a low rank, whose moments came from the host; [`Error::Runtime`].
     pub fn to_host(&self, client: &Client) -> Result<HostMoments> {
+        self.covariance.check_sums()?;
         let scatter = self.scatter.to_f32(client)?;
         Ok(HostMoments {
             keys: self.keys,
@@ -178,8 +202,10 @@ impl Moments {
     ///
     /// # Errors
     /// [`Error::Shape`] unless both are of the same sequences, kv heads and head dim and remember as much of the covariance;
-    /// [`Error::DeviceMismatch`].
+    /// [`Error::Option`] for a low rank; [`Error::DeviceMismatch`].
     pub fn merge(&self, client: &Client, other: &Self) -> Result<Self> {
+        self.covariance.check_sums()?;
+        other.covariance.check_sums()?;
         for moments in [self, other] {
             let (mean, scatter) = (moments.mean.view(), moments.scatter.view());
             mean.check("the mean key", client, self.mean.shape(), Element::F32)?;
@@ -215,6 +241,18 @@ impl Moments {
         Ok(merged)
     }
 
+    /// These moments and those of `keys` keys before them, whose mean and scatter are given as these are.
+    pub(crate) fn after(&self, client: &Client, keys: usize, [mean, scatter]: [&Handle; 2]) -> Result<Self> {
+        let (of_mean, of_scatter) = (self.mean.view(), self.scatter.view());
+        let before = Self {
+            keys,
+            covariance: self.covariance,
+            mean: Tensor::new(mean.clone(), Element::F32, of_mean.shape(), of_mean.strides()),
+            scatter: Tensor::new(scatter.clone(), Element::F32, of_scatter.shape(), of_scatter.strides()),
+        };
+        before.merge(client, self)
+    }
+
     /// How many keys there are per sequence and kv head.
     pub fn keys(&self) -> usize {
         self.keys
@@ -246,6 +284,7 @@ impl Prefix {
         chunk: usize,
         covariance: Covariance,
     ) -> Result<Self> {
+        covariance.check_sums()?;
         let [batch, kv_heads, _, head_dim] = key.shape();
         if !Element::FLOATS.contains(&key.element()) {
             return Err(Error::Element { tensor: "key", expected: Element::F32, found: key.element() });
@@ -302,7 +341,8 @@ impl Prefix {
                         element,
                     );
                 }
-                Covariance::Diagonal => {
+                // A low rank was refused above.
+                Covariance::Diagonal | Covariance::LowRank { .. } => {
                     let (cubes, units) = grid(client, lists * chunks * head_dim);
                     variance_kernel::launch_unchecked(
                         client,

@@ -143,7 +143,12 @@ fn operator_gradients(
         d_out.view(),
         |partial| operator.attend(client, &problem, &on.inputs(), rows, partial).map(drop),
         |saved, gradients| {
-            operator.backward(client, &problem, &on.inputs(), rows, saved, gradients).map(drop)
+            let gradients = match routes {
+                // Rows that stay near are in no pass.
+                Some(_) => gradients.clone().with_query_cleared(client)?,
+                None => gradients.clone(),
+            };
+            operator.backward(client, &problem, &on.inputs(), rows, saved, &gradients).map(drop)
         },
     )
 }
@@ -222,9 +227,11 @@ fn gradients_add_up(device: &Device, effort: Effort) -> Result<(), String> {
                 bifocal::merge(client, &problem, partial, &beyond)
             },
             |saved, gradients| {
+                let mut gradients = gradients.clone();
                 for _ in 0..2 {
-                    near.backward(client, &problem, &with, Rows::All, saved, gradients)?;
-                    far.backward(client, &problem, &without, Rows::All, saved, gradients)?;
+                    near.backward(client, &problem, &with, Rows::All, saved, &gradients)?;
+                    gradients = gradients.after_all_rows();
+                    far.backward(client, &problem, &without, Rows::All, saved, &gradients)?;
                 }
                 Ok(())
             },

@@ -1,7 +1,7 @@
 //! Backward passes of a case: how they are run, and the yardstick.
 
 use bifocal::cubecl::client::Client;
-use bifocal::{Element, Gradients, Partial, Reach, Saved, TensorView};
+use bifocal::{Element, Gradients, Partial, Reach, Saved, Tensor, TensorView};
 use bifocal_reference as reference;
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
@@ -25,7 +25,7 @@ pub(crate) struct ReadGradients(pub(crate) [Vec<f32>; 4]);
 
 impl ReadGradients {
     pub(crate) fn new(client: &Client, gradients: &Gradients) -> bifocal::Result<Self> {
-        let Gradients { query, key, value, sink_logits } = gradients;
+        let Gradients { query, key, value, sink_logits, .. } = gradients;
         let sinks = sink_logits.as_ref().map_or(Ok(Vec::new()), |sinks| sinks.to_f32(client))?;
         Ok(Self([query.to_f32(client)?, key.to_f32(client)?, value.to_f32(client)?, sinks]))
     }
@@ -37,7 +37,7 @@ impl ReadGradients {
     }
 }
 
-/// Runs a forward pass into a poisoned partial and a backward pass from it into zeros, `delta` between them.
+/// Runs a forward pass into a poisoned partial and a backward pass from it into poisoned gradients, `delta` between them.
 pub(crate) fn differentiate(
     device: &Device,
     case: &Case,
@@ -50,7 +50,10 @@ pub(crate) fn differentiate(
     run(forward(&partial))?;
     let delta = run(bifocal::dot_rows(client, &problem, partial.out.view(), d_out))?;
     let saved = Saved { partial: &partial, d_out, delta: delta.view() };
-    let gradients = run(Gradients::zeros(client, &problem, case.sink_logits))?;
+    let mut gradients = run(Gradients::unset(client, &problem, case.sink_logits))?;
+    for tensor in [&mut gradients.query, &mut gradients.key, &mut gradients.value] {
+        *tensor = run(Tensor::filled(client, tensor.shape(), Element::F32, f32::NAN))?;
+    }
     run(backward(&saved, &gradients))?;
     run(ReadGradients::new(client, &gradients))
 }

@@ -21,6 +21,7 @@ pub(crate) fn round(element: Element, x: f32) -> f32 {
 }
 
 /// Query, key, value and sink logits of a case, as numbers and as tensors.
+#[derive(Clone)]
 pub(crate) struct Data {
     pub(crate) query: Vec<f32>,
     pub(crate) key: Vec<f32>,

@@ -15,6 +15,8 @@ mod decode;
 mod gradients;
 mod inputs;
 mod linear;
+mod linear_rows;
+mod low_rank;
 mod mixes;
 mod moments;
 mod packed;
@@ -22,6 +24,7 @@ mod routing;
 mod straight_through;
 mod subject;
 mod tensor_cores;
+mod variants;
 
 pub use bifocal_reference as reference;
 pub use num_traits::Float;
@@ -108,9 +111,15 @@ impl Property {
 /// that kernels are made of.
 pub fn properties() -> impl Iterator<Item = &'static Property> {
     let forward = [routing::PROPERTIES, attention::PROPERTIES, packed::PROPERTIES];
-    let systems = [moments::PROPERTIES, mixes::PROPERTIES, decode::PROPERTIES];
+    let systems = [
+        moments::PROPERTIES,
+        low_rank::PROPERTIES,
+        mixes::PROPERTIES,
+        variants::PROPERTIES,
+        decode::PROPERTIES,
+    ];
     let backward = [backward::PROPERTIES, straight_through::PROPERTIES];
-    let last = [linear::PROPERTIES, tensor_cores::PROPERTIES];
+    let last = [linear::PROPERTIES, linear_rows::PROPERTIES, tensor_cores::PROPERTIES];
     forward.into_iter().chain(systems).chain(backward).chain(last).flatten()
 }
 

@@ -78,7 +78,7 @@ fn sinks() -> impl Strategy<Value = u32> {
 }
 
 /// Cases without what moments do not know: a softcap.
-fn uncapped(device: &Device) -> impl Strategy<Value = Case> + use<> {
+pub(crate) fn uncapped(device: &Device) -> impl Strategy<Value = Case> + use<> {
     cases(&device.profile).prop_map(|case| Case { softcap: false, magnitude: 1.0, ..case })
 }
 
@@ -131,7 +131,7 @@ impl KeyCase {
             let covariance = exact.covariance();
             match self.covariance {
                 Covariance::Full => covariances.extend_from_slice(covariance.as_slice()),
-                Covariance::Diagonal => covariances.extend((0..dim).map(|d| covariance[[d, d]])),
+                _ => covariances.extend((0..dim).map(|d| covariance[[d, d]])),
             }
         }
         // A rounding of the mean, and a few of numbers of about one.
@@ -187,24 +187,24 @@ fn moments_merge_in_any_order(device: &Device, effort: Effort) -> Result<(), Str
 }
 
 /// The oracle of a gate.
-fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
+pub(crate) fn oracle(gate: &MomentGate, tau: f32) -> reference::Qada<f64> {
     reference::Qada {
         window: gate.window(),
         sinks: gate.sinks(),
         tau: f64::from(tau),
         covariance: match gate.covariance() {
             Covariance::Full => reference::Covariance::Full,
-            Covariance::Diagonal => reference::Covariance::Diagonal,
+            _ => reference::Covariance::Diagonal,
         },
     }
 }
 
-fn options(problem: &Problem) -> reference::Options<f64> {
+pub(crate) fn options(problem: &Problem) -> reference::Options<f64> {
     reference::Options { scale: f64::from(problem.scale), ..reference::Options::new(problem.head_dim) }
 }
 
 /// Predictions are sums of numbers of about one, over as many channels and keys: this many nats is far off for f32.
-const NATS: f64 = 2e-4;
+pub(crate) const NATS: f64 = 2e-4;
 /// Tensor cores take differences of keys rounded to the inputs' type.
 const ROUNDED_NATS: f64 = 1e-3;
 

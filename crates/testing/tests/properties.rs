@@ -32,7 +32,7 @@ fn holds(device_name: &'static str, property: &str) {
         return;
     };
     // Lavapipe compiles a kernel for seconds: fewer cases there keep the suite to minutes.
-    let default = if device_name == "wgpu" { 4 } else { 16 };
+    let default = if device_name == "wgpu" { 3 } else { 12 };
     let cases = std::env::var("BIFOCAL_TEST_CASES").ok().and_then(|n| n.parse().ok()).unwrap_or(default);
     let property = bifocal_testing::property(property).expect("a property of that name");
     if !property.applies(device) {
@@ -87,14 +87,20 @@ on_every_device! {
     a_nan_key_is_never_routed
     qada_equals_the_oracle
     tau_goes_from_near_to_full
+    low_rank_masses_equal_the_oracle
     soft_gates_equal_the_oracle
     static_heads_equal_the_oracle
+    switches_equal_the_oracle
+    gated_outputs_equal_the_oracle
     caches_equal_their_model
     decode_equals_the_oracle
     decode_is_the_end_of_prefill
     layouts_agree_bit_for_bit
     neighbours_do_not_matter
     gates_flip_between_steps
+    page_tables_are_read_anew
+    states_follow_their_cache
+    moments_follow_their_cache
     decode_never_sees_what_it_should_not
     products_of_rows_are_plain_sums
     gradients_equal_the_oracle
@@ -114,6 +120,8 @@ on_every_device! {
     two_linear_runs_agree_bit_for_bit
     norm_sums_equal_the_oracle
     rattention_equals_the_oracle
+    routed_linear_rows_equal_the_oracle
+    aha_linear_equals_the_oracle
     warpgroup_products_are_plain_sums
     long_contexts_equal_all_rows
 }

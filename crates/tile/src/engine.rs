@@ -212,8 +212,8 @@ pub fn attend(
     Err(Error::Refused { operator, refusals: Refusals(refusals) })
 }
 
-/// Adds the gradients of `rows`, whose forward pass saw the keys that `reach` shows, to `gradients`, with the fastest
-/// routine that takes the problem and the layout of its tensors.
+/// Adds the gradients of `rows`, whose forward pass saw the keys that `reach` shows, to `gradients`, or stores them where
+/// these are unset, with the fastest routine that takes the problem and the layout of its tensors.
 ///
 /// The caller names itself for messages.
 ///

@@ -1,4 +1,4 @@
-use bifocal::{Result, Threshold, Window};
+use bifocal::{Reach, Result, Threshold, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, finite, options, router, threshold},
 };
-use crate::{GateOptions, Training, aha_attention, linear_gate};
+use crate::{GateOptions, LayerCache, Routing, Training, aha_attention, linear_gate};
 
 /// Configuration of [`AhaAttention`].
 ///
@@ -126,13 +126,42 @@ impl AhaAttention {
     /// As [`forward`](Self::forward).
     pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
-        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
-        let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
-        let routing = linear_gate(hidden.clone(), weight, bias, gate)?;
+        self.projections.check(0, &hidden, rope)?;
+        let routing = self.route(hidden.clone())?;
         let [query, key, value] = self.projections.project(hidden, rope);
         let options = options(self.softcap)?.with_training(training);
         let out = aha_attention(query, key, value, &routing, Window::aha(self.window)?, &options)?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::new(&self.projections, &self.reaches()?, batch, capacity)
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let routing = self.route(hidden.clone())?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let out = cache.attend(&self.reaches()?, qkv, Some(&routing), &options(self.softcap)?)?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    fn route(&self, hidden: Tensor<3>) -> Result<Routing> {
+        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
+        let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
+        linear_gate(hidden, weight, bias, gate)
+    }
+
+    fn reaches(&self) -> Result<[Option<Reach>; 2]> {
+        Ok([Some(Reach::Window(Window::aha(self.window)?)), Some(Reach::All)])
     }
 }

@@ -1,4 +1,4 @@
-use bifocal::{Result, Window};
+use bifocal::{Reach, Result, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -10,7 +10,7 @@ use super::{
     Projections, RopeConfig,
     parts::{Heads, options},
 };
-use crate::{full_attention, windowed_attention};
+use crate::{LayerCache, full_attention, windowed_attention};
 
 /// Configuration of [`CausalAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -35,6 +35,12 @@ pub struct CausalAttentionConfig {
     /// Whether the output projection has a bias.
     #[config(default = false)]
     pub output_bias: bool,
+    /// Whether each head's query and key are normed, as in Qwen3.
+    #[config(default = false)]
+    pub qk_norm: bool,
+    /// Added to the mean squares of those norms.
+    #[config(default = 1e-6)]
+    pub norm_epsilon: f64,
 }
 
 impl CausalAttentionConfig {
@@ -46,8 +52,9 @@ impl CausalAttentionConfig {
         self.window.map(Window::new).transpose()?;
         options(self.softcap)?;
         let heads = Heads::new(self.d_model, self.n_heads, self.n_kv_heads, self.head_dim)?;
+        let qk_norm = self.qk_norm.then_some(self.norm_epsilon);
         Ok(CausalAttention {
-            projections: heads.projections(self.bias, self.output_bias, None, device)?,
+            projections: heads.projections(self.bias, self.output_bias, qk_norm, device)?,
             rope: heads.rope(self.rope.as_ref(), device)?,
             window: self.window,
             softcap: self.softcap,
@@ -79,7 +86,7 @@ impl CausalAttention {
     /// are tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<Tensor<3>> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
+        self.projections.check(0, &hidden, rope)?;
         let [query, key, value] = self.projections.project(hidden, rope);
         let options = options(self.softcap)?;
         let out = match self.window {
@@ -87,5 +94,32 @@ impl CausalAttention {
             None => full_attention(query, key, value, &options)?,
         };
         Ok(self.projections.output(out))
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences; with a window, a ring of its keys.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::new(&self.projections, &self.reaches()?, batch, capacity)
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<Tensor<3>> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let out = cache.attend(&self.reaches()?, qkv, None, &options(self.softcap)?)?;
+        Ok(self.projections.output(out))
+    }
+
+    fn reaches(&self) -> Result<[Option<Reach>; 1]> {
+        Ok([Some(match self.window {
+            Some(window) => Reach::Window(Window::new(window)?),
+            None => Reach::All,
+        })])
     }
 }

@@ -1,4 +1,4 @@
-use bifocal::{Result, Threshold, Window};
+use bifocal::{Reach, Result, Threshold, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, options, positive, rms_norm, threshold, zero_router},
 };
-use crate::{GateOptions, Training, global_attention, linear_gate, windowed_attention};
+use crate::{GateOptions, LayerCache, Routing, Training, global_attention, linear_gate, windowed_attention};
 
 /// Configuration of [`L2aAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -130,7 +130,7 @@ impl L2aAttention {
     /// As [`forward`](Self::forward).
     pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.local.check(&hidden, rope)?;
+        self.local.check(0, &hidden, rope)?;
         let options = options(self.softcap)?.with_training(training);
 
         let [query, key, value] = self.local.project(self.local_norm.forward(hidden.clone()), rope);
@@ -138,13 +138,54 @@ impl L2aAttention {
         let hidden = hidden + self.local.output(near);
 
         let normed = self.global_norm.forward(hidden.clone());
-        let gate = GateOptions::l2a()
-            .with_temperature(self.temperature)
-            .with_threshold(Threshold::AtLeast(self.threshold));
-        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
-        let routing = linear_gate(normed.clone(), weight, bias, gate)?;
+        let routing = self.route(normed.clone())?;
         let [query, key, value] = self.global.project(normed, rope);
         let far = global_attention(query, key, value, &routing, &options)?;
         Ok(AttentionOutput { output: hidden + self.global.output(far), routing })
     }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences: a ring for the local sub-layer, and room for every
+    /// token in the global one.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::in_series(&self.local, [&self.local_reach()?, &GLOBAL], [batch, capacity])
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.local, &hidden, rope)?;
+        let options = options(self.softcap)?;
+
+        let qkv = self.local.project_from(start, self.local_norm.forward(hidden.clone()), rope);
+        let near = cache.attend_locally(&self.local_reach()?, qkv, &options)?;
+        let hidden = hidden + self.local.output(near);
+
+        let normed = self.global_norm.forward(hidden.clone());
+        let routing = self.route(normed.clone())?;
+        let qkv = self.global.project_from(start, normed, rope);
+        let far = cache.attend_globally(&GLOBAL, qkv, &routing, &options)?;
+        Ok(AttentionOutput { output: hidden + self.global.output(far), routing })
+    }
+
+    /// The global sub-layer's gate, out of its normed hidden states.
+    fn route(&self, normed: Tensor<3>) -> Result<Routing> {
+        let gate = GateOptions::l2a()
+            .with_temperature(self.temperature)
+            .with_threshold(Threshold::AtLeast(self.threshold));
+        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
+        linear_gate(normed, weight, bias, gate)
+    }
+
+    fn local_reach(&self) -> Result<[Option<Reach>; 1]> {
+        Ok([Some(Reach::Window(Window::l2a(self.window)?))])
+    }
 }
+
+/// What the global sub-layer shows: nothing where the gate is closed.
+const GLOBAL: [Option<Reach>; 2] = [None, Some(Reach::All)];

@@ -1,6 +1,7 @@
 //! Modules: the projections, norms, positions and routers around the tensor functions.
 
 mod aha;
+mod aha_linear;
 mod causal;
 mod l2a;
 mod multi_window;
@@ -9,6 +10,7 @@ mod qada;
 mod rattention;
 
 pub use aha::{AhaAttention, AhaAttentionConfig};
+pub use aha_linear::{AhaLinearAttention, AhaLinearAttentionConfig};
 pub use causal::{CausalAttention, CausalAttentionConfig};
 pub use l2a::{L2aAttention, L2aAttentionConfig};
 pub use multi_window::{MultiWindowAttention, MultiWindowAttentionConfig};

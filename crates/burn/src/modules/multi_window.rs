@@ -1,4 +1,4 @@
-use bifocal::{Error, MultiWindow, Result, Window};
+use bifocal::{Error, MultiWindow, Reach, Result, Window};
 use burn::{
     config::Config,
     module::Module,
@@ -10,7 +10,7 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, finite, options, router},
 };
-use crate::{Training, linear_choice, multi_window_attention};
+use crate::{LayerCache, Routing, Training, linear_choice, multi_window_attention};
 
 /// Configuration of [`MultiWindowAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -102,14 +102,44 @@ impl MultiWindowAttention {
     /// As [`forward`](Self::forward).
     pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
+        self.projections.check(0, &hidden, rope)?;
         let windows = windows(&self.windows)?;
-        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
-        let routing = linear_choice(hidden.clone(), weight, bias, windows.len() + 1)?;
+        let routing = self.route(hidden.clone())?;
         let [query, key, value] = self.projections.project(hidden, rope);
         let options = options(self.softcap)?.with_training(training);
         let out = multi_window_attention(query, key, value, &routing, &windows, &options)?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::new(&self.projections, &self.reaches()?, batch, capacity)
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let routing = self.route(hidden.clone())?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let out = cache.attend(&self.reaches()?, qkv, Some(&routing), &options(self.softcap)?)?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    fn route(&self, hidden: Tensor<3>) -> Result<Routing> {
+        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
+        linear_choice(hidden, weight, bias, self.windows.len() + 1)
+    }
+
+    fn reaches(&self) -> Result<Vec<Option<Reach>>> {
+        let windows = windows(&self.windows)?.into_iter().map(Reach::Window);
+        Ok(windows.chain([Reach::All]).map(Some).collect())
     }
 }
 

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Rotary positions (RoFormer, arXiv 2104.09864) of queries and keys, pairs interleaved as Burn's `RotaryEncoding`
-/// has them; the first token of a call has position 0.
+/// has them; the first token of a forward pass has position 0.
 #[derive(Config, Debug, PartialEq)]
 pub struct RopeConfig {
     /// The longest sequence: how many positions are tabulated.
@@ -53,8 +53,22 @@ impl Projections {
     /// # Panics
     /// When M is not the projections' or T is beyond the table of positions; the modules check both.
     pub fn project(&self, hidden: Tensor<3>, rope: Option<&RotaryEncoding>) -> [Tensor<4>; 3] {
+        self.project_from(0, hidden, rope)
+    }
+
+    /// [`project`](Self::project) of tokens of which the first is at position `start` of its sequence, as
+    /// [`LayerCache::check`](crate::LayerCache::check) tells it.
+    ///
+    /// # Panics
+    /// As [`project`](Self::project), for the last position.
+    pub fn project_from(
+        &self,
+        start: usize,
+        hidden: Tensor<3>,
+        rope: Option<&RotaryEncoding>,
+    ) -> [Tensor<4>; 3] {
         let [query, key, value] = self.split(hidden);
-        let [query, key] = self.position([query, key], rope);
+        let [query, key] = self.position(start, [query, key], rope);
         [query, key, value]
     }
 
@@ -72,9 +86,10 @@ impl Projections {
         ]
     }
 
-    /// Query and key of [`split`](Self::split), normed and rotated.
+    /// Query and key of [`split`](Self::split), normed and rotated, the first token to position `start`.
     pub(crate) fn position(
         &self,
+        start: usize,
         [query, key]: [Tensor<4>; 2],
         rope: Option<&RotaryEncoding>,
     ) -> [Tensor<4>; 2] {
@@ -86,7 +101,7 @@ impl Projections {
         let rotate = |x: Tensor<4>| match rope {
             Some(rope) => {
                 let dtype = x.dtype();
-                rope.forward(x.cast(rope.freq_complex.dtype())).cast(dtype)
+                rope.apply(x.cast(rope.freq_complex.dtype()), start).cast(dtype)
             }
             None => x,
         };
@@ -102,9 +117,13 @@ impl Projections {
         self.o_proj.forward(out.swap_dims(1, 2).reshape([batch, tokens, heads * dim]))
     }
 
-    /// Checks hidden states against the module that they enter, so that Burn's operations have nothing to panic
-    /// about.
-    pub(crate) fn check(&self, hidden: &Tensor<3>, rope: Option<&RotaryEncoding>) -> Result<()> {
+    /// Checks hidden states against the module that they enter at position `start`, so that Burn's operations have
+    /// nothing to panic about.
+    ///
+    /// # Errors
+    /// [`Error::DeviceMismatch`]; [`Error::Option`] for another element type than the weights';
+    /// [`Error::Shape`], [`Error::EmptyDimension`]; [`Error::TooLarge`] beyond the table of rotary positions.
+    pub fn check(&self, start: usize, hidden: &Tensor<3>, rope: Option<&RotaryEncoding>) -> Result<()> {
         let weight = self.q_proj.weight.val();
         check_together(&[Origin::of("the weights", &weight), Origin::of("the hidden states", hidden)])?;
         let [batch, tokens, model_dim] = hidden.dims();
@@ -119,9 +138,9 @@ impl Projections {
             }
         }
         match rope.map(|rope| rope.freq_complex.dims()) {
-            Some([limit, ..]) if tokens > limit => Err(Error::TooLarge {
+            Some([limit, ..]) if start + tokens > limit => Err(Error::TooLarge {
                 what: "tokens, beyond the table of rotary positions",
-                size: tokens as u128,
+                size: (start + tokens) as u128,
                 limit: limit as u128,
             }),
             _ => Ok(()),

@@ -7,7 +7,7 @@ use burn::{
 };
 
 use super::{AttentionOutput, Projections, RopeConfig, parts::Heads};
-use crate::{AttentionOptions, qada_attention};
+use crate::{AttentionOptions, LayerCache, qada_attention};
 
 /// Configuration of [`QadaAttention`].
 ///
@@ -95,10 +95,34 @@ impl QadaAttention {
     /// tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
-        let gate = MomentGate::new(Window::new(self.window)?, self.tau)?.with_sinks(self.sinks);
+        self.projections.check(0, &hidden, rope)?;
         let [query, key, value] = self.projections.project(hidden, rope);
-        let (out, routing) = qada_attention(query, key, value, gate, &AttentionOptions::default())?;
+        let (out, routing) = qada_attention(query, key, value, self.gate()?, &AttentionOptions::default())?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::qada(&self.projections, self.gate()?, [batch, capacity])
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache. A single token is a step by the
+    /// moments that the cache keeps; several run the forward pass over all keys, whose moments it takes anew.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let (out, routing) = cache.attend_by_moments(&self.gate()?, qkv)?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    fn gate(&self) -> Result<MomentGate> {
+        Ok(MomentGate::new(Window::new(self.window)?, self.tau)?.with_sinks(self.sinks))
     }
 }

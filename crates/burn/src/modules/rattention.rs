@@ -10,7 +10,7 @@ use super::{
     Projections, RopeConfig,
     parts::{Heads, options},
 };
-use crate::{linear_attention, norm_sum, windowed_attention};
+use crate::{LayerCache, linear_attention, norm_sum, windowed_attention};
 
 /// Configuration of [`RattentionAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -93,13 +93,39 @@ impl RattentionAttention {
     /// more tokens than rotary positions are tabulated for.
     pub fn forward(&self, hidden: Tensor<3>) -> Result<Tensor<3>> {
         let rope = self.rope.as_ref();
-        self.projections.check(&hidden, rope)?;
+        self.projections.check(0, &hidden, rope)?;
         let window = Window::new(self.window)?;
         let [query, key, value] = self.projections.split(hidden);
-        let [near_query, near_key] = self.projections.position([query.clone(), key.clone()], rope);
+        let [near_query, near_key] = self.projections.position(0, [query.clone(), key.clone()], rope);
         let options = options(self.softcap)?;
         let near = windowed_attention(near_query, near_key, value.clone(), window, &options)?;
         let far = linear_attention(query, key, value, window)?;
+        let out = norm_sum(near, far, self.near_scale.val(), self.far_scale.val())?;
+        Ok(self.projections.output(out))
+    }
+
+    /// An empty cache for `batch` sequences: a ring of the window's keys, and the far branch's state. A `capacity` beyond the
+    /// window takes no more memory.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::rattention(&self.projections, Window::new(self.window)?, [batch, capacity])
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<Tensor<3>> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let [query, key, value] = self.projections.split(hidden);
+        let far = [query.clone(), key.clone()];
+        let [query, key] = self.projections.position(start, [query, key], rope);
+        let window = Window::new(self.window)?;
+        let [near, far] =
+            cache.attend_near_and_far(window, [query, key, value], far, &options(self.softcap)?)?;
         let out = norm_sum(near, far, self.near_scale.val(), self.far_scale.val())?;
         Ok(self.projections.output(out))
     }

@@ -39,6 +39,8 @@ fn impossible_causal_attention_is_refused() {
     let device = Device::flex();
     let config = CausalAttentionConfig::new(16, 4);
     assert_eq!(config.clone().with_window(Some(0)).init(&device).unwrap_err(), Error::EmptyWindow);
+    let error = config.clone().with_qk_norm(true).with_norm_epsilon(0.0).init(&device).unwrap_err();
+    assert!(matches!(error, Error::Option { option: "norm_epsilon", .. }), "{error}");
     let module = config.with_rope(Some(RopeConfig::new(8))).init(&device).unwrap();
     let error = module.forward(noise([1, 9, 16], 1, &device)).unwrap_err();
     assert!(matches!(error, Error::TooLarge { size: 9, limit: 8, .. }), "{error}");

@@ -1,5 +1,7 @@
 //! Bifocal on Burn's devices, against Burn's own operations and the float64 oracle.
 
+mod aha_linear;
+mod cache;
 mod causal;
 mod common;
 mod functions;

@@ -73,7 +73,7 @@ fn sums_of_norms_have_the_gradients_that_burn_has() {
 }
 
 /// A matrix as the oracle takes it.
-fn weight(linear: &Linear) -> Array<f64, 2> {
+pub(crate) fn weight(linear: &Linear) -> Array<f64, 2> {
     let weight = linear.weight.val();
     let shape = weight.dims();
     Array::new(shape, host(weight).into_iter().map(f64::from).collect())

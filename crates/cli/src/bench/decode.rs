@@ -2,18 +2,26 @@
 
 use std::{path::PathBuf, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Result, bail};
 use bifocal::{
-    DeviceProfile, Partial, Reach, RouteGeometry, Routes, Tensor, Window,
+    DeviceProfile, LinearGate, Partial, Reach, RouteGeometry, Router, Routes, Tensor, Window,
     cubecl::client::Client,
     decode::{Batch, DecodePlan, KvCache, KvShape, Layout, Reaches, SequenceId, Step},
 };
-use clap::Args;
+use clap::{Args, ValueEnum};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
-use serde::Serialize;
 
-use super::{ROTATION_BYTES, SAMPLE, measure};
-use crate::{DeviceName, output, shape::Shape};
+use super::clock::{ROTATION_BYTES, measure, times, wall};
+use crate::{
+    DeviceName, output,
+    shape::Shape,
+    timings::{Report, Timing},
+};
+
+/// Shares of token-heads that stay local, by layer: what the gates of AHA-OLMo2 did with a window of 128 on PG-19, the mean over
+/// prompts of 512 to 32k tokens (github.com/wesleytruong/vllm-aha, experiments).
+const LOCAL_BY_LAYER: [f64; 16] =
+    [0.87, 0.72, 0.88, 0.94, 0.95, 0.88, 0.61, 0.73, 0.52, 0.82, 0.32, 0.69, 0.50, 0.66, 0.67, 0.79];
 
 #[derive(Args)]
 pub(crate) struct Options {
@@ -37,6 +45,9 @@ pub(crate) struct Options {
     /// Keys per chunk of work; what the plan takes unless given.
     #[arg(long)]
     chunk: Option<usize>,
+    /// Cases to time, beside a copy; all unless given.
+    #[arg(long, value_delimiter = ',')]
+    cases: Vec<CaseName>,
     /// Timed runs per case; the median is reported.
     #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u32).range(1..))]
     runs: u32,
@@ -45,40 +56,39 @@ pub(crate) struct Options {
     json: Option<PathBuf>,
 }
 
-/// What was measured at one length.
-#[derive(Debug, Serialize)]
-struct Timing {
-    case: String,
-    length: usize,
-    routine: Option<String>,
-    /// Keys per chunk.
-    chunk: Option<usize>,
-    far_share: Option<f64>,
-    median_ms: f64,
-    fastest_ms: f64,
-    /// Keys and values that some row needs, read once per kv head, queries and outputs; of a copy, what is read and written.
-    bytes: usize,
-    gb_per_s: f64,
-    /// Of what a copy of the cache reaches in the same run.
-    share_of_copy: f64,
-    /// Against dense decode in the same run.
-    speedup: Option<f64>,
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum CaseName {
+    /// Every row sees every key.
+    Full,
+    /// Every row sees the window.
+    Window,
+    /// AHA: the shares of query heads look far.
+    Aha,
+    /// AHA by the shares that its gates were measured to have in 16 layers; the mean over them.
+    AhaLayers,
+    /// No row sees anything.
+    Off,
+    /// L2A with every gate closed: a step of the window, and one of no row.
+    L2aOff,
+    /// AHA's router: scores and routes of the step's tokens.
+    Router,
+    /// The plan of AHA's step alone.
+    Plan,
 }
 
-#[derive(Debug, Serialize)]
-struct Report {
-    device: String,
-    name: String,
-    element: String,
-    batch: usize,
-    heads: usize,
-    kv_heads: usize,
-    head_dim: usize,
-    queries: usize,
-    window: usize,
-    page_size: Option<usize>,
-    runs: u32,
-    timings: Vec<Timing>,
+impl CaseName {
+    fn name(self) -> &'static str {
+        match self {
+            CaseName::Full => "full",
+            CaseName::Window => "window",
+            CaseName::Aha => "aha",
+            CaseName::AhaLayers => "aha-layers",
+            CaseName::Off => "off",
+            CaseName::L2aOff => "l2a-off",
+            CaseName::Router => "router",
+            CaseName::Plan => "plan",
+        }
+    }
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -100,9 +110,15 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         heads: shape.heads,
         kv_heads: shape.kv_heads(),
         head_dim: shape.head_dim,
-        queries: options.queries,
+        library: None,
         window: options.window,
+        queries: Some(options.queries),
         page_size: options.page_size,
+        softcap: shape.softcap,
+        gates: Some("random".into()),
+        far_share: None,
+        far_tokens: None,
+        model_dim: Some(shape.model_dim),
         runs: options.runs,
         timings,
     };
@@ -122,6 +138,11 @@ struct Bench<'a> {
     length: usize,
     turns: Vec<Turn>,
     query: Tensor<4>,
+    plan: DecodePlan,
+    partial: Partial,
+    gate: LinearGate,
+    /// What the gate reads: the hidden states of the step's tokens.
+    hidden: Tensor<3>,
 }
 
 struct Turn {
@@ -129,6 +150,34 @@ struct Turn {
     /// One of the sequences.
     first: SequenceId,
     batch: Batch,
+}
+
+/// One step: what rows see, and by which gates.
+struct Shown {
+    reaches: Reaches,
+    gates: Option<Gates>,
+}
+
+/// Gates of every sequence and query head, the same for all queries.
+struct Gates {
+    routes: Routes,
+    /// By sequence and head: 1 is far.
+    host: Vec<u8>,
+}
+
+/// Steps that are timed together.
+struct Call {
+    steps: Vec<Shown>,
+    /// Layers that they are of: reported is the mean over them.
+    layers: usize,
+}
+
+/// First, median and fastest time of a call.
+#[derive(Clone, Copy)]
+struct Times {
+    first: Duration,
+    median: Duration,
+    fastest: Duration,
 }
 
 impl<'a> Bench<'a> {
@@ -157,102 +206,170 @@ impl<'a> Bench<'a> {
                 let batch = cache.batch(client, &sequences)?;
                 Ok(Turn { cache, first: sequences[0], batch })
             })
-            .collect::<bifocal::Result<_>>()?;
+            .collect::<bifocal::Result<Vec<Turn>>>()?;
         let query = [batch, shape.heads, options.queries, dim];
         let query = Tensor::from_f32(client, query, element, &draw(query.iter().product()))?;
-        Ok(Self { client, options, length, turns, query })
+        let plan = plan(client, options, &turns[0], &query, length)?;
+        let partial = Partial::empty(client, plan.problem(), element);
+        let [weight, hidden] =
+            [shape.heads, batch * options.queries].map(|rows| draw(shape.model_dim * rows));
+        let gate =
+            LinearGate::aha(Tensor::from_f32(client, [shape.model_dim, shape.heads], element, &weight)?);
+        let hidden = Tensor::from_f32(client, shape.hidden(options.queries), element, &hidden)?;
+        Ok(Self { client, options, length, turns, query, plan, partial, gate, hidden })
     }
 
     fn time(&self, timings: &mut Vec<Timing>) -> Result<()> {
-        let client = self.client;
         // A copy of a sequence: it reads and writes what a step of that sequence reads.
-        let copy = self.timed(|turn| turn.cache.gather(client, turn.first).map(|_| ()))?;
-        let element = self.options.shape.element().size();
-        let of_sequence =
-            2 * self.options.shape.kv_heads() * self.length * self.options.shape.head_dim * element;
-        let rate = |bytes: usize, median: Duration| bytes as f64 / median.as_secs_f64() / 1e9;
-        let copied = rate(2 * of_sequence, copy.0);
-        let timing = |case: &str, (median, fastest): (Duration, Duration), bytes: usize| Timing {
-            case: case.into(),
-            length: self.length,
-            routine: None,
-            chunk: None,
-            far_share: None,
-            median_ms: median.as_secs_f64() * 1e3,
-            fastest_ms: fastest.as_secs_f64() * 1e3,
-            bytes,
-            gb_per_s: rate(bytes, median),
-            share_of_copy: rate(bytes, median) / copied,
-            speedup: None,
-        };
-        timings.push(timing("copy", copy, 2 * of_sequence));
+        let copy = self.timed(|turn| {
+            let Turn { cache, first, .. } = &self.turns[turn];
+            cache.gather(self.client, *first).map(|_| ())
+        })?;
+        let shape = &self.options.shape;
+        let of_sequence = 2 * shape.kv_heads() * self.length * shape.head_dim * shape.element().size();
+        let copied = rate(2 * of_sequence, copy.median);
+        timings.push(Timing { share_of_copy: Some(1.0), ..self.timing("copy", copy, 2 * of_sequence) });
 
-        let near = Reach::Window(Window::new(self.options.window)?);
-        let aha = [Some(near), Some(Reach::All)];
+        let asked = self.options.cases.as_slice();
         let mut dense = None;
-        for (case, reaches, share) in
-            [("full", vec![Some(Reach::All)], None), ("window", vec![Some(near)], None)]
-                .into_iter()
-                .chain(self.options.far_share.iter().map(|&share| ("aha", aha.to_vec(), Some(share))))
-                .chain([("off", vec![None], None)])
-        {
-            let routes = share.map(|share| self.gates(share)).transpose()?;
-            let reaches = Reaches::new(client, &reaches)?;
-            let plan = self.plan()?;
-            let partial = Partial::empty(client, plan.problem(), self.options.shape.element());
-            let times = self.timed(|turn| {
-                let step = Step::new(self.query.view(), &reaches);
-                let step = routes.as_ref().map_or(step, |(routes, _)| step.with_routes(routes));
-                plan.attend(client, &turn.cache.view(&turn.batch)?, &step, &partial)
-            })?;
-            let gates = routes.as_ref().map(|(_, gates)| gates.as_slice());
-            let dense_ms = *dense.get_or_insert(times.0.as_secs_f64());
-            timings.push(Timing {
-                routine: Some(plan.routine().to_string()),
-                chunk: Some(plan.chunk()),
-                far_share: gates
-                    .map(|gates| gates.iter().filter(|&&gate| gate == 1).count() as f64 / gates.len() as f64),
-                speedup: Some(dense_ms / times.0.as_secs_f64()),
-                ..timing(case, times, self.bytes(reaches.list(), gates))
-            });
+        for &case in if asked.is_empty() { CaseName::value_variants() } else { asked } {
+            match case {
+                CaseName::Router => timings.push(self.router()?),
+                CaseName::Plan => timings.push(self.plan_alone()?),
+                _ => {
+                    for call in self.calls(case)? {
+                        let (times, bytes) = self.attend(&call)?;
+                        if case == CaseName::Full {
+                            dense = Some(times.median);
+                        }
+                        timings.push(Timing {
+                            routine: Some(self.plan.routine().to_string()),
+                            chunk: Some(self.plan.chunk()),
+                            far_share: call.far_share(),
+                            share_of_copy: Some(rate(bytes, times.median) / copied),
+                            speedup: dense.map(|dense| dense.as_secs_f64() / times.median.as_secs_f64()),
+                            ..self.timing(case.name(), times, bytes)
+                        });
+                    }
+                }
+            }
         }
         Ok(())
     }
 
-    /// Gates of every sequence and query head, the same for all queries: on the device, and on the host.
-    fn gates(&self, share: f64) -> bifocal::Result<(Routes, Vec<u8>)> {
-        let (batch, heads) = (self.options.shape.batch, self.options.shape.heads);
-        let far = (share * (batch * heads) as f64).round() as usize;
-        let mut gates: Vec<u8> = (0..batch * heads).map(|at| u8::from(at < far)).collect();
-        let mut rng = SmallRng::seed_from_u64(1);
-        for at in (1..gates.len()).rev() {
-            gates.swap(at, rng.random_range(0..=at));
+    /// What a case attends to: a call for each share that was asked for, one call otherwise.
+    fn calls(&self, case: CaseName) -> Result<Vec<Call>> {
+        let near = Some(Reach::Window(Window::new(self.options.window)?));
+        let shown = |reaches: &[Option<Reach>], share: Option<f64>| -> Result<Shown> {
+            let gates = share.map(|share| self.gates(share)).transpose()?;
+            Ok(Shown { reaches: Reaches::new(self.client, reaches)?, gates })
+        };
+        let aha = |share: f64| shown(&[near, Some(Reach::All)], Some(share));
+        let one = |steps| Ok(vec![Call { steps, layers: 1 }]);
+        match case {
+            CaseName::Full => one(vec![shown(&[Some(Reach::All)], None)?]),
+            CaseName::Window => one(vec![shown(&[near], None)?]),
+            CaseName::Off => one(vec![shown(&[None], None)?]),
+            CaseName::L2aOff => one(vec![shown(&[near], None)?, shown(&[None], None)?]),
+            CaseName::Aha => {
+                let shares = self.options.far_share.iter();
+                shares.map(|&share| Ok(Call { steps: vec![aha(share)?], layers: 1 })).collect()
+            }
+            CaseName::AhaLayers => {
+                let steps = LOCAL_BY_LAYER.iter().map(|local| aha(1.0 - local)).collect::<Result<_>>()?;
+                Ok(vec![Call { steps, layers: LOCAL_BY_LAYER.len() }])
+            }
+            CaseName::Router | CaseName::Plan => Ok(Vec::new()),
         }
-        let geometry = RouteGeometry::new(batch, heads, self.options.queries, 2)?;
-        let by_token: Vec<u8> = gates.iter().flat_map(|&gate| vec![gate; self.options.queries]).collect();
-        Ok((Routes::from_host(self.client, geometry, &by_token)?, gates))
     }
 
-    fn plan(&self) -> bifocal::Result<DecodePlan> {
-        let Turn { cache, batch, .. } = &self.turns[0];
-        let shape = self.options.shape.problem(self.length)?;
-        let mut problem = cache.view(batch)?.problem(self.query.shape(), self.query.element())?;
-        (problem.softcap, problem.routine) = (shape.softcap, shape.routine);
-        match self.options.chunk {
-            Some(keys) => DecodePlan::in_chunks(self.client, &problem, keys),
-            None => DecodePlan::new(self.client, &problem),
+    /// Times a call, and counts the bytes that it needs: both per layer.
+    fn attend(&self, Call { steps, layers }: &Call) -> Result<(Times, usize)> {
+        let times = self.timed(|turn| {
+            steps.iter().enumerate().try_for_each(|(at, Shown { reaches, gates })| {
+                // Layers have caches of their own, and so have L2A's branches.
+                let Turn { cache, batch, .. } = &self.turns[(turn + at) % self.turns.len()];
+                let step = self.step(reaches, gates.as_ref());
+                self.plan.attend(self.client, &cache.view(batch)?, &step, &self.partial)
+            })
+        })?;
+        let bytes: usize = steps.iter().map(|shown| self.bytes(shown)).sum();
+        Ok((times / *layers as u32, bytes / layers))
+    }
+
+    fn router(&self) -> Result<Timing> {
+        let times = self.timed(|_| self.gate.route(self.client, self.hidden.view()).map(|_| ()))?;
+        let Shape { batch, heads, model_dim, .. } = self.options.shape;
+        let rows = batch * self.options.queries;
+        let read = model_dim * (rows + heads) * self.options.shape.element().size();
+        // A score in f32 and a route for each.
+        Ok(self.timing(CaseName::Router.name(), times, read + rows * heads * 5))
+    }
+
+    fn plan_alone(&self) -> Result<Timing> {
+        let calls = self.calls(CaseName::Aha)?;
+        let Some(Shown { reaches, gates }) = calls.first().and_then(|call| call.steps.first()) else {
+            bail!("--far-share has no share to plan a step of");
+        };
+        let times = self.timed(|turn| {
+            let Turn { cache, batch, .. } = &self.turns[turn];
+            self.plan.plan(self.client, &cache.view(batch)?, &self.step(reaches, gates.as_ref()))
+        })?;
+        // Every route, and the length of every sequence.
+        let Shape { batch, heads, .. } = self.options.shape;
+        let read = batch * (heads * self.options.queries + size_of::<u32>());
+        Ok(self.timing(CaseName::Plan.name(), times, read))
+    }
+
+    fn step<'s>(&'s self, reaches: &'s Reaches, gates: Option<&'s Gates>) -> Step<'s> {
+        let step = Step::new(self.query.view(), reaches);
+        gates.map_or(step, |gates| step.with_routes(&gates.routes))
+    }
+
+    fn timing(&self, case: &str, times: Times, bytes: usize) -> Timing {
+        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
+        Timing {
+            case: case.into(),
+            length: self.length,
+            routine: None,
+            first_call_ms: milliseconds(times.first),
+            median_ms: milliseconds(times.median),
+            fastest_ms: milliseconds(times.fastest),
+            far_share: None,
+            useful_flop: None,
+            useful_gflops: None,
+            useful_bytes: Some(bytes as f64),
+            memory_bytes: None,
+            chunk: None,
+            share_of_copy: None,
+            speedup: None,
         }
+    }
+
+    /// The share of all heads of all sequences, drawn without replacement: exact as far as their number allows.
+    fn gates(&self, share: f64) -> bifocal::Result<Gates> {
+        let (batch, heads) = (self.options.shape.batch, self.options.shape.heads);
+        let far = (share * (batch * heads) as f64).round() as usize;
+        let mut host: Vec<u8> = (0..batch * heads).map(|at| u8::from(at < far)).collect();
+        let mut rng = SmallRng::seed_from_u64(1);
+        for at in (1..host.len()).rev() {
+            host.swap(at, rng.random_range(0..=at));
+        }
+        let geometry = RouteGeometry::new(batch, heads, self.options.queries, 2)?;
+        let by_token: Vec<u8> = host.iter().flat_map(|&gate| vec![gate; self.options.queries]).collect();
+        Ok(Gates { routes: Routes::from_host(self.client, geometry, &by_token)?, host })
     }
 
     /// Bytes that a step needs: of each kv head the union of what its rows see, queries and outputs.
-    fn bytes(&self, reaches: &[Option<Reach>], gates: Option<&[u8]>) -> usize {
+    fn bytes(&self, Shown { reaches, gates }: &Shown) -> usize {
         let shape = &self.options.shape;
         let (heads, group) = (shape.heads, shape.heads / shape.kv_heads());
         let positions = self.length - self.options.queries.min(self.length)..self.length;
         let mut keys = 0;
         for head in (0..shape.batch * heads).step_by(group) {
-            let of_group = (head..head + group).map(|head| gates.map_or(0, |gates| usize::from(gates[head])));
-            let mut seen: Vec<Reach> = of_group.filter_map(|route| reaches[route]).collect();
+            let route = |head: usize| gates.as_ref().map_or(0, |gates| usize::from(gates.host[head]));
+            let mut seen: Vec<Reach> =
+                (head..head + group).filter_map(|head| reaches.list()[route(head)]).collect();
             seen.dedup();
             keys += (0..self.length)
                 .filter(|&key| {
@@ -266,23 +383,58 @@ impl<'a> Bench<'a> {
         2 * (keys + rows) * shape.head_dim * shape.element().size()
     }
 
-    /// Median and fastest time of a call, over caches in turn.
-    fn timed(&self, call: impl Fn(&Turn) -> bifocal::Result<()> + Sync) -> Result<(Duration, Duration)> {
+    /// Times a call, over caches in turn.
+    fn timed(&self, call: impl Fn(usize) -> bifocal::Result<()> + Sync) -> Result<Times> {
         let cpu = self.options.device == DeviceName::Cpu;
-        // The first call compiles.
-        call(&self.turns[0])?;
-        let estimate = measure(self.client, cpu, || call(&self.turns[self.turns.len() - 1]))?;
-        let calls = (SAMPLE.as_secs_f64() / estimate.as_secs_f64()).ceil().clamp(1.0, 32.0) as usize;
-        let mut turns = self.turns.iter().cycle();
-        let mut times = (0..self.options.runs)
-            .map(|_| {
-                let turn: Vec<_> = turns.by_ref().take(calls).collect();
-                let time = measure(self.client, cpu, || turn.into_iter().try_for_each(&call))?;
-                Ok(time / calls as u32)
-            })
-            .collect::<Result<Vec<_>>>()?;
-        times.sort_unstable();
-        Ok((times[times.len() / 2], times[0]))
+        let turns: Vec<usize> = (0..self.turns.len()).collect();
+        let first = wall(self.client, || call(0))?;
+        let estimate = measure(self.client, cpu, || call(turns.len() - 1))?;
+        let (median, fastest) =
+            times(self.client, (cpu, self.options.runs), &turns, estimate, |&turn| call(turn))?;
+        Ok(Times { first, median, fastest })
+    }
+}
+
+impl Call {
+    /// The share of heads that look far, over all gates; `None` without gates.
+    fn far_share(&self) -> Option<f64> {
+        let gates: Vec<u8> = self
+            .steps
+            .iter()
+            .filter_map(|step| step.gates.as_ref())
+            .flat_map(|gates| gates.host.clone())
+            .collect();
+        let far = gates.iter().map(|&gate| f64::from(gate)).sum::<f64>();
+        (!gates.is_empty()).then(|| far / gates.len() as f64)
+    }
+}
+
+impl std::ops::Div<u32> for Times {
+    type Output = Self;
+
+    fn div(self, by: u32) -> Self {
+        Self { first: self.first / by, median: self.median / by, fastest: self.fastest / by }
+    }
+}
+
+/// Bytes as GB/s.
+fn rate(bytes: usize, time: Duration) -> f64 {
+    bytes as f64 / time.as_secs_f64() / 1e9
+}
+
+fn plan(
+    client: &Client,
+    options: &Options,
+    Turn { cache, batch, .. }: &Turn,
+    query: &Tensor<4>,
+    length: usize,
+) -> bifocal::Result<DecodePlan> {
+    let shape = options.shape.problem(length)?;
+    let mut problem = cache.view(batch)?.problem(query.shape(), query.element())?;
+    (problem.softcap, problem.routine) = (shape.softcap, shape.routine);
+    match options.chunk {
+        Some(keys) => DecodePlan::in_chunks(client, &problem, keys),
+        None => DecodePlan::new(client, &problem),
     }
 }
 
@@ -296,7 +448,7 @@ fn print(report: &Report) {
         report.heads,
         report.kv_heads,
         report.head_dim,
-        report.queries,
+        report.queries.unwrap_or(1),
         report.window,
         report.page_size.map_or("contiguous".to_string(), |size| format!("pages of {size}")),
     );
@@ -314,6 +466,7 @@ fn print(report: &Report) {
         "speed-up",
     ]);
     for timing in &report.timings {
+        let bytes = timing.useful_bytes.unwrap_or(0.0);
         table.add_row([
             timing.case.clone(),
             timing.length.to_string(),
@@ -322,9 +475,9 @@ fn print(report: &Report) {
             timing.far_share.map_or("-".to_string(), |share| format!("{:.1} %", share * 100.0)),
             format!("{:.4}", timing.median_ms),
             format!("{:.4}", timing.fastest_ms),
-            format!("{:.2}", timing.bytes as f64 / 1e6),
-            format!("{:.1}", timing.gb_per_s),
-            format!("{:.0} %", timing.share_of_copy * 100.0),
+            format!("{:.2}", bytes / 1e6),
+            format!("{:.1}", bytes / timing.median_ms / 1e6),
+            timing.share_of_copy.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0)),
             timing.speedup.map_or("-".to_string(), |speedup| format!("{speedup:.2}")),
         ]);
     }

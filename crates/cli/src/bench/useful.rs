@@ -2,7 +2,10 @@
 
 use bifocal::{AttentionOperator, Problem, Rattention, Reach};
 
-use super::{Bench, CaseName, Set};
+use super::{
+    cases::CaseName,
+    operators::{Bench, Set},
+};
 
 impl Bench<'_> {
     /// 4 D floating-point operations for every pair of a query and a key that it sees by its route; for its gradients

@@ -3,6 +3,7 @@
 use std::fmt::Write;
 
 use super::{Row, Section};
+use crate::timings::Report;
 
 /// One table per report of ours.
 pub(super) fn tables(sections: &[Section]) -> String {
@@ -12,7 +13,8 @@ pub(super) fn tables(sections: &[Section]) -> String {
 fn table(section: &Section) -> String {
     let ours = &section.ours;
     let mut text = format!(
-        "### {}, {} x {} heads ({} kv) x {}, window {}{}{} ({})\n\n",
+        "### {}{}, {} x {} heads ({} kv) x {}, window {}{}{} ({})\n\n",
+        step(ours),
         ours.element,
         ours.batch,
         ours.heads,
@@ -38,6 +40,12 @@ fn table(section: &Section) -> String {
         line(&cells(row));
     }
     text
+}
+
+/// What a decode step has besides: its queries and its pages.
+fn step(ours: &Report) -> String {
+    let pages = ours.page_size.map_or(String::new(), |size| format!(" over pages of {size}"));
+    ours.queries.map_or(String::new(), |queries| format!("decode, {queries} per sequence{pages}, "))
 }
 
 fn cells(row: &Row) -> Vec<String> {

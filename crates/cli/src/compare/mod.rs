@@ -27,9 +27,11 @@ pub(crate) struct Options {
 }
 
 /// The cases of other libraries, and which of ours they stand beside.
-const PEERS: [(&str, &[&str]); 12] = [
-    ("sdpa_cudnn", &["full", "aha", WITH_ROUTER, "l2a", "moments", "qada"]),
-    ("sdpa_flash", &["full", "aha", WITH_ROUTER, "l2a", "moments", "qada"]),
+const PEERS: [(&str, &[&str]); 14] = [
+    ("sdpa_cudnn", &["full", "aha", "aha-layers", WITH_ROUTER, "l2a", "moments", "qada"]),
+    ("sdpa_flash", &["full", "aha", "aha-layers", WITH_ROUTER, "l2a", "moments", "qada"]),
+    ("flashinfer", &["full", "aha", "aha-layers", WITH_ROUTER]),
+    ("flashinfer_window", &["window"]),
     ("sdpa_cudnn-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
     ("sdpa_flash-backward", &["full-backward", "aha-backward", "aha-exact-backward", "l2a-backward"]),
     ("flex_full", &["full"]),
@@ -43,7 +45,7 @@ const PEERS: [(&str, &[&str]); 12] = [
 ];
 
 /// Those that compute dense causal attention: the yardstick of what a device can do.
-const DENSE: [&str; 4] = ["full", "sdpa_cudnn", "sdpa_flash", "flex_full"];
+const DENSE: [&str; 5] = ["full", "sdpa_cudnn", "sdpa_flash", "flex_full", "flashinfer"];
 
 /// What the name of a case ends with that has a backward pass too.
 const BACKWARD: &str = "-backward";
@@ -69,7 +71,8 @@ struct Row {
     ms: f64,
     useful_flop: Option<f64>,
     useful_bytes: Option<f64>,
-    /// The time over that of its useful operations at the best dense rate of the same head dim.
+    /// The time over that of its useful operations at the best dense rate of the same head dim; of a decode step over that of
+    /// its useful bytes at the rate of a copy.
     over_ideal: Option<f64>,
     /// Milliseconds of each of the section's peers.
     peers: Vec<Option<f64>>,
@@ -130,7 +133,7 @@ fn section(ours: &Report, peers: &[&Report], reports: &[Report]) -> Section {
             case: timing.case.clone(),
             length: timing.length,
             // Router and plan are no attention.
-            routine: timing.useful_flop.and_then(|_| timing.routine.clone()),
+            routine: timing.useful_flop.or(timing.share_of_copy).and_then(|_| timing.routine.clone()),
             far_share: timing.far_share,
             ms: timing.median_ms,
             useful_flop: timing.useful_flop,
@@ -138,7 +141,8 @@ fn section(ours: &Report, peers: &[&Report], reports: &[Report]) -> Section {
             over_ideal: timing
                 .useful_flop
                 .zip(best_dense_rate(ours, reports, timing.case.ends_with(BACKWARD)))
-                .map(|(flop, rate)| timing.median_ms * 1e6 * rate / flop),
+                .map(|(flop, rate)| timing.median_ms * 1e6 * rate / flop)
+                .or(timing.share_of_copy.map(|share| share.recip())),
             peers: columns.iter().map(|(peer, cases)| ms(timing, peer, cases)).collect(),
         })
         .collect();
@@ -151,9 +155,11 @@ fn section(ours: &Report, peers: &[&Report], reports: &[Report]) -> Section {
     Section { ours: ours.clone(), libraries, peers: columns.iter().map(|(peer, _)| *peer).collect(), rows }
 }
 
+/// Whether both attend alike, to whole sequences or in a decode step. How a cache lays out its pages is its own business.
 fn same_shape(a: &Report, b: &Report) -> bool {
     let shape = |report: &Report| [report.batch, report.heads, report.kv_heads, report.head_dim];
-    let kind = |report: &Report| (report.device.clone(), report.element.clone(), report.softcap);
+    let kind =
+        |report: &Report| (report.device.clone(), report.element.clone(), report.softcap, report.queries);
     kind(a) == kind(b) && shape(a) == shape(b)
 }
 
@@ -218,6 +224,9 @@ pub(crate) mod tests {
             useful_gflops: flop.map(|flop| flop / median_ms / 1e6),
             useful_bytes: Some(4e6),
             memory_bytes: None,
+            chunk: None,
+            share_of_copy: None,
+            speedup: None,
         }
     }
 
@@ -232,6 +241,8 @@ pub(crate) mod tests {
             kv_heads: 16,
             head_dim: 128,
             window: 256,
+            queries: None,
+            page_size: None,
             softcap: None,
             gates: library.is_none().then(|| "random".into()),
             far_share: None,
@@ -315,6 +326,35 @@ pub(crate) mod tests {
         reports[2].timings[0].median_ms /= 2.0;
         let full = |reports: &[Report]| join(reports).unwrap()[0].rows[0].peers[0].unwrap();
         assert!((full(&reports) * 2.0 - full(&sample())).abs() < 1e-9);
+    }
+
+    #[test]
+    fn decode_steps_stand_beside_decode_steps() {
+        let step = |library: Option<&str>, page_size, timings| Report {
+            queries: Some(1),
+            page_size,
+            ..report(library, timings)
+        };
+        let attended =
+            Timing { share_of_copy: Some(0.8), far_share: None, ..timing("full", 32768, 2.0, None) };
+        let aha = Timing { share_of_copy: Some(0.5), ..timing("aha", 32768, 0.5, None) };
+        let ours = step(None, None, vec![attended, aha, timing("window", 32768, 0.1, None)]);
+        let flashinfer = ["flashinfer", "flashinfer_window"].map(|case| timing(case, 32768, 3.0, None));
+        let flashinfer = step(Some("flashinfer 0.5"), Some(16), flashinfer.to_vec());
+        let mut reports = sample();
+        reports.extend([ours, flashinfer]);
+        let sections = join(&reports).unwrap();
+        let [whole, decode] = &sections[..] else { panic!("two reports of ours") };
+        assert_eq!(whole.peers, ["sdpa_cudnn", "flex_window"]);
+        assert_eq!(decode.peers, ["flashinfer", "flashinfer_window"]);
+        let row = |case: &str| decode.rows.iter().find(|row| row.case == case).unwrap();
+        assert_eq!((row("full").over_ideal, row("full").routine.as_deref()), (Some(1.25), Some("wgmma")));
+        assert_eq!(row("full").peers, [Some(3.0), None]);
+        assert_eq!(row("aha").peers, [Some(3.0), None]);
+        assert_eq!(
+            (row("window").over_ideal, row("window").peers.as_slice()),
+            (None, &[None, Some(3.0)][..])
+        );
     }
 
     #[test]

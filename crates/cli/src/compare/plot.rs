@@ -43,10 +43,15 @@ fn by_routine(routine: Option<&str>) -> String {
     routine.map_or(String::new(), |routine| format!(" by {routine}"))
 }
 
+/// The heads, and of decode steps the sequences as well.
 fn heads(report: &Report) -> String {
-    match report.heads == report.kv_heads {
+    let heads = match report.heads == report.kv_heads {
         true => format!("{} heads", report.heads),
         false => format!("{}/{} heads", report.heads, report.kv_heads),
+    };
+    match report.queries {
+        Some(_) => format!("decode of {} x {heads}", report.batch),
+        None => heads,
     }
 }
 
@@ -62,7 +67,7 @@ fn speed_ups(sections: &[Section]) -> Lines {
     for section in sections {
         for row in &section.rows {
             let Some(times) = speed_up(section, row) else { continue };
-            let share = row.far_share.map_or(String::new(), |_| share_asked(section, &row.case));
+            let share = row.far_share.map_or(String::new(), |share| share_asked(section, &row.case, share));
             let by = by_routine(row.routine.as_deref());
             let label = format!("{}{by}{share}, {}", row.case, heads(&section.ours));
             add(&mut series, label, vec![((row.length as f64).log2(), times)]);
@@ -72,12 +77,12 @@ fn speed_ups(sections: &[Section]) -> Lines {
     Lines { title, x_title: "tokens", y_title: "speed-up", log_x: true, series }
 }
 
-/// The share asked for, which is the same at every length.
-fn share_asked(section: &Section, case: &str) -> String {
+/// The share asked for, which is the same at every length; of decode steps, which are of several, what came out.
+fn share_asked(section: &Section, case: &str, share: f64) -> String {
     let ours = &section.ours;
-    let share = if case == "l2a" { ours.far_tokens } else { ours.far_share };
+    let asked = if case == "l2a" { ours.far_tokens } else { ours.far_share };
     let gates = ours.gates.as_deref().unwrap_or("random");
-    share.map_or(String::new(), |share| format!(" {:.1} % ({gates}, window {})", share * 100.0, ours.window))
+    format!(" {:.1} % ({gates}, window {})", asked.unwrap_or(share) * 100.0, ours.window)
 }
 
 fn over_share(sections: &[Section]) -> Lines {

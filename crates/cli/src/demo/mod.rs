@@ -6,7 +6,7 @@ mod measure;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail};
-use bifocal_lm::{Attention, AttentionKind, CHECKPOINT, Checkpoint, Decoder, ModelConfig, Pass};
+use bifocal_lm::{Attention, AttentionKind, Decoder, ModelConfig, Pass};
 use burn::{
     module::Param,
     tensor::{Device, Int, Tensor, TensorData},
@@ -14,11 +14,8 @@ use burn::{
 use clap::Args;
 use serde::Serialize;
 
-use crate::{DeviceName, output};
+use crate::{DeviceName, model, output};
 use measure::{Attended, LayerReport};
-
-/// A decoder that has learned from Bifocal's own book; benches/demo-model.sh made it.
-const MODEL: &[u8] = include_bytes!("model");
 
 /// What the demo reads unless it is given a file: pages of that book.
 const BOOK: [&str; 4] = [
@@ -157,16 +154,7 @@ fn tokenise(options: &Options) -> Result<(String, Vec<u8>)> {
 /// The decoder that is shown: one that has learned, or one with random weights. With what is to be said of its weights.
 fn decoder(options: &Options, tokens: usize, device: &Device) -> Result<(Decoder, ModelConfig, String)> {
     if !options.random {
-        let (checkpoint, whose) = match &options.run {
-            Some(run) if run.is_dir() => {
-                (Checkpoint::load(&run.join(CHECKPOINT))?, run.display().to_string())
-            }
-            Some(file) => (Checkpoint::load(file)?, file.display().to_string()),
-            None => {
-                let inside = Checkpoint::read(MODEL, Path::new("the decoder inside"))?;
-                (inside, "a decoder that has read Bifocal's book".to_string())
-            }
-        };
+        let (checkpoint, whose) = model::read(options.run.as_deref())?;
         let weights = format!("The weights are those of {whose}, after {} steps.", checkpoint.step());
         return Ok((checkpoint.decoder(device)?, checkpoint.config().model.clone(), weights));
     }

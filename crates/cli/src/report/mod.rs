@@ -55,6 +55,10 @@ struct Summary {
     far_share: Option<f64>,
     /// The share of the head that looks far least often, and of the one that does most often.
     far_by_head: Option<[f64; 2]>,
+    /// Keys that a query sees, the mean over layers, heads and tokens.
+    keys: Option<f64>,
+    /// The share of each route per layer, the far one last.
+    routes: Vec<Option<Vec<f64>>>,
     kinds: Vec<KindShare>,
     collapses: usize,
 }
@@ -127,6 +131,8 @@ impl Run {
             far_share,
             far_by_head: far_share
                 .map(|_| [heads().fold(f64::INFINITY, f64::min), heads().fold(f64::NEG_INFINITY, f64::max)]),
+            keys: validation.keys,
+            routes: validation.routes.clone(),
             kinds: validation.kinds.clone(),
             collapses: self.collapses().count(),
         })
@@ -163,7 +169,9 @@ mod tests {
             None => Vec::new(),
         };
         let validation = |step, loss| {
-            Line::Validation(ValidationLine { step, loss, far: far.clone(), kinds: kinds.clone() })
+            let routes = far.iter().map(|heads| heads.as_ref().map(|_| vec![0.75, 0.25])).collect();
+            let (far, kinds) = (far.clone(), kinds.clone());
+            Line::Validation(ValidationLine { step, loss, far, kinds, routes, keys: Some(9.5) })
         };
         let collapse = Collapse { step: 20, layer: 1, head: 0, side: Side::Near, share: 0.0 };
         let lines = vec![
@@ -204,10 +212,13 @@ mod tests {
         assert_eq!(lines.len(), 5, "{text}");
         assert_eq!(
             lines[0],
-            "| run | attention | seed | steps | loss | validation loss | far | far by head | collapses |"
+            "| run | attention | seed | steps | loss | validation loss | far | far by head | keys | collapses |"
         );
-        assert_eq!(lines[2], "| aha-16 | aha 16 | 1 | 20 | 3.000 | 3.5000 | 25.0 % | 0.0 to 50.0 % | 1 |");
-        assert_eq!(lines[4], "| dense | full | 1 | 20 | 3.000 | 3.5000 |  |  | 1 |");
+        assert_eq!(
+            lines[2],
+            "| aha-16 | aha 16 | 1 | 20 | 3.000 | 3.5000 | 25.0 % | 0.0 to 50.0 % | 9.5 | 1 |"
+        );
+        assert_eq!(lines[4], "| dense | full | 1 | 20 | 3.000 | 3.5000 |  |  | 9.5 | 1 |");
         assert!(table::terminal(&summaries).to_string().contains("aha-32"));
     }
 

@@ -5,8 +5,18 @@ use comfy_table::Table;
 use super::Summary;
 use crate::output;
 
-const HEADER: [&str; 9] =
-    ["run", "attention", "seed", "steps", "loss", "validation loss", "far", "far by head", "collapses"];
+const HEADER: [&str; 10] = [
+    "run",
+    "attention",
+    "seed",
+    "steps",
+    "loss",
+    "validation loss",
+    "far",
+    "far by head",
+    "keys",
+    "collapses",
+];
 
 /// For a terminal.
 pub(super) fn terminal(summaries: &[Summary]) -> Table {
@@ -17,12 +27,12 @@ pub(super) fn terminal(summaries: &[Summary]) -> Table {
 
 /// For a page.
 pub(super) fn markdown(summaries: &[Summary]) -> String {
-    let line = |cells: [String; 9]| format!("| {} |\n", cells.join(" | "));
+    let line = |cells: [String; 10]| format!("| {} |\n", cells.join(" | "));
     let head = [line(HEADER.map(String::from)), line(std::array::from_fn(|_| "---".to_string()))];
     head.into_iter().chain(summaries.iter().map(|summary| line(cells(summary)))).collect()
 }
 
-fn cells(summary: &Summary) -> [String; 9] {
+fn cells(summary: &Summary) -> [String; 10] {
     let percent = |share: f64| format!("{:.1}", share * 100.0);
     let steps = match summary.steps == summary.of_steps {
         true => summary.steps.to_string(),
@@ -39,6 +49,7 @@ fn cells(summary: &Summary) -> [String; 9] {
         summary
             .far_by_head
             .map_or(String::new(), |[least, most]| format!("{} to {} %", percent(least), percent(most))),
+        summary.keys.map_or(String::new(), |keys| format!("{keys:.1}")),
         summary.collapses.to_string(),
     ]
 }

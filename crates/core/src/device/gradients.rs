@@ -38,8 +38,18 @@ impl Saved<'_> {
     }
 }
 
-/// Gradients of one attention's inputs, in `f32`. Every backward pass **adds** its own to what is there, so that the
-/// gradients of several branches sum up: start from [`zeros`](Gradients::zeros).
+/// What the memory of a gradient holds before a backward pass, and so what the pass does to it.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Before {
+    /// Zeros, or what other passes have left: the pass adds its own.
+    #[default]
+    Sums,
+    /// Anything: the pass stores, zeros included, and saves both clearing and reading.
+    Anything,
+}
+
+/// Gradients of one attention's inputs, in `f32`. From [`zeros`](Gradients::zeros) on every backward pass **adds** its own to
+/// what is there, so that the gradients of several branches sum up. A first pass may [store](Gradients::unset) instead.
 #[derive(Clone, Debug)]
 pub struct Gradients {
     /// `[B, H, Tq, D]`, contiguous.
@@ -48,8 +58,12 @@ pub struct Gradients {
     pub key: Tensor<4>,
     /// `[B, Hk, Tk, Dv]`, contiguous.
     pub value: Tensor<4>,
-    /// `[H]`; needed where the inputs have sink logits.
+    /// `[H]`; needed where the inputs have sink logits. Always added to.
     pub sink_logits: Option<Tensor<1>>,
+    /// Of the gradient of queries: for the rows that a pass computes, and them alone.
+    pub query_before: Before,
+    /// Of the gradients of keys and values: for all keys, whichever rows a pass computes.
+    pub key_before: Before,
 }
 
 impl Gradients {
@@ -58,16 +72,56 @@ impl Gradients {
     /// # Errors
     /// As [`Tensor::zeros`].
     pub fn zeros(client: &Client, problem: &Problem, with_sinks: bool) -> Result<Self> {
-        let [query, key, value] = shapes(problem);
-        Ok(Self {
-            query: Tensor::zeros(client, query)?,
-            key: Tensor::zeros(client, key)?,
-            value: Tensor::zeros(client, value)?,
-            sink_logits: match with_sinks {
-                true => Some(Tensor::zeros(client, [problem.heads])?),
-                false => None,
-            },
-        })
+        Self::unset(client, problem, with_sinks)?.cleared(client)
+    }
+
+    /// Gradients in memory that holds anything, but for those of sink logits. Each row has to be in exactly one of the passes
+    /// that follow, as rows that routes choose are; of those passes all but the first take [`after`](Self::after)'s.
+    ///
+    /// # Errors
+    /// As [`Tensor::zeros`].
+    pub fn unset(client: &Client, problem: &Problem, with_sinks: bool) -> Result<Self> {
+        let [query, key, value] = shapes(problem).map(|shape| Tensor::empty(client, shape, Element::F32));
+        let sink_logits = match with_sinks {
+            true => Some(Tensor::zeros(client, [problem.heads])?),
+            false => None,
+        };
+        let before = Before::Anything;
+        Ok(Self { query, key, value, sink_logits, query_before: before, key_before: before })
+    }
+
+    /// The same with zeros where anything may be: for a pass that only adds.
+    ///
+    /// # Errors
+    /// As [`Tensor::zeros`].
+    pub fn cleared(self, client: &Client) -> Result<Self> {
+        let cleared = self.with_query_cleared(client)?;
+        if cleared.key_before == Before::Anything {
+            clear(client, &cleared.key)?;
+            clear(client, &cleared.value)?;
+        }
+        Ok(Self { key_before: Before::Sums, ..cleared })
+    }
+
+    /// The same with zeros in the gradient of queries, where anything may be: for rows that are in no pass, or in several.
+    ///
+    /// # Errors
+    /// As [`Tensor::zeros`].
+    pub fn with_query_cleared(self, client: &Client) -> Result<Self> {
+        if self.query_before == Before::Anything {
+            clear(client, &self.query)?;
+        }
+        Ok(Self { query_before: Before::Sums, ..self })
+    }
+
+    /// The same memory after a first pass, for passes over other rows: keys and values have gradients to add to.
+    pub fn after(&self) -> Self {
+        Self { key_before: Before::Sums, ..self.clone() }
+    }
+
+    /// The same memory after a pass over all rows, for passes over some of them again.
+    pub fn after_all_rows(&self) -> Self {
+        Self { query_before: Before::Sums, ..self.after() }
     }
 
     /// Checks that this is room for the gradients of `problem` and `inputs` on the client's device.
@@ -119,31 +173,37 @@ impl<const RANK: usize> Tensor<RANK> {
     /// # Errors
     /// [`Error::TooLarge`] for more than 2^32 - 1 elements.
     pub fn zeros(client: &Client, shape: [usize; RANK]) -> Result<Self> {
-        let length = shape.iter().fold(1usize, |product, &size| product.saturating_mul(size));
-        if length as u64 > u64::from(u32::MAX) {
-            let limit = u128::from(u32::MAX);
-            return Err(Error::TooLarge { what: "elements in a tensor", size: length as u128, limit });
-        }
         let tensor = Self::empty(client, shape, Element::F32);
-        let units_in_all = length.clamp(1, CLEARING_UNITS);
-        let (cubes, units) = grid(client, units_in_all);
-        // SAFETY: a new contiguous tensor has the memory that its shape reaches; units stop at its end.
-        unsafe {
-            clear::launch_unchecked(
-                client,
-                cubes,
-                units,
-                elements(tensor.view()),
-                length as u32,
-                units_in_all as u32,
-            );
-        }
+        clear(client, &tensor)?;
         Ok(tensor)
     }
 }
 
+/// Fills a contiguous `f32` tensor with zeros, on the device.
+fn clear<const RANK: usize>(client: &Client, tensor: &Tensor<RANK>) -> Result<()> {
+    let length = tensor.shape().iter().fold(1usize, |product, &size| product.saturating_mul(size));
+    if length as u64 > u64::from(u32::MAX) {
+        let limit = u128::from(u32::MAX);
+        return Err(Error::TooLarge { what: "elements in a tensor", size: length as u128, limit });
+    }
+    let units_in_all = length.clamp(1, CLEARING_UNITS);
+    let (cubes, units) = grid(client, units_in_all);
+    // SAFETY: a contiguous tensor has the memory that its shape reaches; units stop at its end.
+    unsafe {
+        clear_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(tensor.view()),
+            length as u32,
+            units_in_all as u32,
+        );
+    }
+    Ok(())
+}
+
 #[cube(launch_unchecked)]
-fn clear(tensor: &mut [f32], length: u32, units: u32) {
+fn clear_kernel(tensor: &mut [f32], length: u32, units: u32) {
     if ABSOLUTE_POS >= units as usize {
         terminate!();
     }

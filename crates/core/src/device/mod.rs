@@ -7,14 +7,16 @@ mod partial;
 mod router;
 mod routes;
 mod sequences;
+mod summary;
 mod tensor;
 
-pub use gradients::{Gradients, Saved};
+pub use gradients::{Before, Gradients, Saved};
 pub use operator::{AttentionOperator, Inputs, RoutedRows, Rows};
 pub use partial::Partial;
 pub use router::{Decision, Router};
 pub use routes::{INVALID_ROUTE, RouteGeometry, Routes};
 pub use sequences::Sequences;
+pub use summary::{SPAN, Summaries, Summary};
 pub use tensor::{Tensor, TensorView};
 
 use cubecl::client::Client;

@@ -152,8 +152,9 @@ pub trait AttentionOperator {
     }
 
     /// Adds the gradients of `rows` to `gradients`: those of their queries, and what these rows give to the keys, values
-    /// and sink logits that they see. Returns the routine it chose. Nothing is read back to the host, and two runs agree
-    /// bit for bit.
+    /// and sink logits that they see. Where these hold [anything](super::Before) it stores them, zeros for keys that no row sees
+    /// included; an operator that only adds [clears](Gradients::cleared) them first. Returns the routine it chose. Nothing
+    /// is read back to the host, and two runs agree bit for bit.
     ///
     /// # Errors
     /// [`Error::Refused`] when no routine can run the backward pass on the client's device; otherwise as

@@ -1,3 +1,6 @@
+use core::ops::Range;
+use std::sync::Arc;
+
 use cubecl::{client::Client, server::Handle};
 
 use crate::{Error, Problem, Result};
@@ -17,8 +20,8 @@ const LIMIT: usize = (1 << 30) - 1;
 #[derive(Clone, Debug)]
 pub struct Sequences {
     bounds: Handle,
-    query_len: usize,
-    key_len: usize,
+    /// Cumulative lengths of queries and of keys.
+    lengths: Arc<[[usize; 2]]>,
 }
 
 impl Sequences {
@@ -30,7 +33,7 @@ impl Sequences {
     /// [`Error::Cumulative`] naming the first entry that is out of order; [`Error::TooLarge`].
     pub fn from_host(client: &Client, queries: &[usize], keys: &[usize]) -> Result<Self> {
         let query_len = total("query", queries)?;
-        let key_len = total("key", keys)?;
+        total("key", keys)?;
         if queries.len() != keys.len() {
             let expected = format!("[{}], as many as query lengths", queries.len());
             return Err(Error::shape("the cumulative key lengths", expected, &[keys.len()]));
@@ -49,7 +52,19 @@ impl Sequences {
         let mut words = bounds.concat();
         // Not every runtime has buffers of no bytes; without queries no problem fits the sequences.
         words.resize(words.len().max(1), 0);
-        Ok(Self { bounds: client.create_from_slice(bytemuck::cast_slice(&words)), query_len, key_len })
+        let lengths = queries.iter().zip(keys).map(|(&query, &key)| [query, key]).collect();
+        Ok(Self { bounds: client.create_from_slice(bytemuck::cast_slice(&words)), lengths })
+    }
+
+    /// How many sequences there are.
+    pub fn count(&self) -> usize {
+        self.lengths.len() - 1
+    }
+
+    /// Which query tokens and which key tokens each sequence has.
+    pub fn ranges(&self) -> impl Iterator<Item = (Range<usize>, Range<usize>)> {
+        let range = |pair: &[[usize; 2]], of: usize| pair[0][of]..pair[1][of];
+        self.lengths.windows(2).map(move |pair| (range(pair, 0), range(pair, 1)))
     }
 
     /// Checks that these are the sequences of `problem`: a batch of 1 with as many query and key tokens, on the client's
@@ -61,7 +76,7 @@ impl Sequences {
         if problem.batch != 1 {
             return Err(Error::option("the batch of packed sequences", problem.batch, "1"));
         }
-        let found = [self.query_len, self.key_len];
+        let found = self.lengths[self.count()];
         let expected = [problem.query_len, problem.key_len];
         if found != expected {
             let expected = format!("{expected:?}, the query and key tokens of the problem");

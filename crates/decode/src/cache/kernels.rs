@@ -30,16 +30,16 @@ pub(crate) struct Strides {
 /// What a unit moves.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
-struct Move {
-    batch: u32,
-    head: u32,
-    token: u32,
-    vector: u32,
+pub(crate) struct Move {
+    pub(crate) batch: u32,
+    pub(crate) head: u32,
+    pub(crate) token: u32,
+    pub(crate) vector: u32,
 }
 
 /// The unit's own; its batch is beyond the last where there is nothing left to do.
 #[cube]
-fn move_of(shape: &Shape) -> Move {
+pub(crate) fn move_of(shape: &Shape) -> Move {
     let vectors = max(shape.key_vectors, shape.value_vectors);
     let unit = ABSOLUTE_POS as u32;
     let row = unit / vectors;
@@ -162,7 +162,7 @@ pub(super) fn copy_kernel<E: Float, N: Size>(
 
 /// Changes single words of the tables: `(at, value)` from word `first` of `numbers` on.
 #[cube(launch_unchecked)]
-pub(super) fn edit_kernel(numbers: &[u32], tables: &mut [u32], first: u32, count: u32) {
+pub(crate) fn edit_kernel(numbers: &[u32], tables: &mut [u32], first: u32, count: u32) {
     if ABSOLUTE_POS < count as usize {
         let edit = first as usize + ABSOLUTE_POS * 2;
         tables[numbers[edit] as usize] = numbers[edit + 1];

@@ -1,4 +1,4 @@
-mod kernels;
+pub(crate) mod kernels;
 mod snapshot;
 
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +14,7 @@ use cubecl::{client::Client, server::Handle};
 
 use self::kernels::{ShapeLaunch, append_kernel, copy_kernel, edit_kernel, gather_kernel};
 pub use self::snapshot::Snapshot;
+pub(crate) use self::snapshot::foreign;
 use crate::{
     Layout,
     book::{Book, Orders},
@@ -33,6 +34,30 @@ pub struct KvShape {
     pub element: Element,
 }
 
+/// Tokens to append to the sequences of a batch, in the cache's element type.
+#[derive(Clone, Copy, Debug)]
+pub struct NewTokens<'a> {
+    /// `[B, Hk, T, D]`: keys as attention reads them, rotated or not.
+    pub key: TensorView<'a, 4>,
+    /// `[B, Hk, T, Dv]`.
+    pub value: TensorView<'a, 4>,
+    /// `[B, Hk, T, D]`: keys as a [`SummaryCache`](crate::SummaryCache) sums them up, if it was told that these are others:
+    /// RATTENTION's before rotary positions and norms.
+    pub plain_key: Option<TensorView<'a, 4>>,
+}
+
+impl<'a> NewTokens<'a> {
+    /// Keys and values.
+    pub fn new(key: TensorView<'a, 4>, value: TensorView<'a, 4>) -> Self {
+        Self { key, value, plain_key: None }
+    }
+
+    /// Sets the keys that are summed up.
+    pub fn with_plain_key(self, plain_key: TensorView<'a, 4>) -> Self {
+        Self { plain_key: Some(plain_key), ..self }
+    }
+}
+
 /// A sequence of a [`KvCache`], until it is freed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct SequenceId {
@@ -46,9 +71,9 @@ pub struct SequenceId {
 /// until one of them is freed.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    sequences: Vec<SequenceId>,
+    pub(crate) sequences: Vec<SequenceId>,
     /// `u32 [B]`.
-    slots: Handle,
+    pub(crate) slots: Handle,
 }
 
 /// Keys and values of sequences that grow: `key [pages, Hk, page size, D]`, `value [pages, Hk, page size, Dv]`, and on the
@@ -78,12 +103,14 @@ pub struct Batch {
 pub struct KvCache {
     id: u64,
     shape: KvShape,
-    book: Book,
+    pub(crate) book: Book,
     generations: Vec<u32>,
-    key: Tensor<4>,
-    value: Tensor<4>,
+    pub(crate) key: Tensor<4>,
+    pub(crate) value: Tensor<4>,
+    /// Second keys in the same pages, of a cache of summaries.
+    pub(crate) plain_key: Option<Tensor<4>>,
     /// `u32 [sequences, 1 + entries]`: length, then the page of each entry.
-    tables: Handle,
+    pub(crate) tables: Handle,
 }
 
 impl KvCache {
@@ -104,6 +131,7 @@ impl KvCache {
             generations: vec![0; layout.sequences],
             key: Tensor::empty(client, key, shape.element),
             value: Tensor::empty(client, value, shape.element),
+            plain_key: None,
             tables: client.create_from_slice(bytemuck::cast_slice(&tables)),
         })
     }
@@ -162,43 +190,106 @@ impl KvCache {
         key: TensorView<'_, 4>,
         value: TensorView<'_, 4>,
     ) -> Result<()> {
+        let new = NewTokens::new(key, value);
+        let slots = self.check_append(client, sequences, &new)?;
+        self.write(client, &slots, &new)
+    }
+
+    /// Checks all that [`append`](Self::append) does, and returns the slots.
+    pub(crate) fn check_append(
+        &self,
+        client: &Client,
+        sequences: &[SequenceId],
+        new: &NewTokens<'_>,
+    ) -> Result<Vec<usize>> {
         let slots = self.slots(sequences)?;
         let KvShape { kv_heads, head_dim, value_dim, element } = self.shape;
-        let (batch, tokens) = (slots.len(), key.shape()[2]);
+        let (batch, tokens) = (slots.len(), new.key.shape()[2]);
         for (dimension, size) in [("batch", batch), ("tokens to append", tokens)] {
             if size == 0 {
                 return Err(Error::EmptyDimension { dimension });
             }
         }
         self.check_device(client)?;
-        key.check("key", client, [batch, kv_heads, tokens, head_dim], element)?;
-        value.check("value", client, [batch, kv_heads, tokens, value_dim], element)?;
-        let orders = self.book.append(&slots, tokens)?;
-        let numbers = self.obey(client, &slots, &orders);
-        let width = width([key, value, self.key.view(), self.value.view()]);
-        let (cubes, units) = grid(client, batch * kv_heads * tokens * head_dim.max(value_dim) / width);
-        // SAFETY: views were checked, pools have room for every page, and the book has given each token one.
-        unsafe {
-            append_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                elements(key),
-                elements(value),
-                words(&self.tables),
-                words(&numbers),
-                elements(self.key.view()),
-                elements(self.value.view()),
-                self.shape_launch(batch, tokens, width),
-                strides(key),
-                strides(value),
-                self.places(),
-                width,
-                element.into(),
-                width,
-            );
+        new.key.check("key", client, [batch, kv_heads, tokens, head_dim], element)?;
+        new.value.check("value", client, [batch, kv_heads, tokens, value_dim], element)?;
+        match (new.plain_key, &self.plain_key) {
+            (Some(key), Some(_)) => {
+                key.check("the plain key", client, [batch, kv_heads, tokens, head_dim], element)?;
+            }
+            (None, None) => {}
+            (given, _) => {
+                let found = if given.is_some() { "given" } else { "none" };
+                let expected = "as the cache was told: of every token, or of none";
+                return Err(Error::option("plain keys of new tokens", found, expected));
+            }
         }
+        self.book.check_append(&slots, tokens)?;
+        Ok(slots)
+    }
+
+    /// Appends tokens that were checked.
+    pub(crate) fn write(&mut self, client: &Client, slots: &[usize], new: &NewTokens<'_>) -> Result<()> {
+        let orders = self.book.append(slots, new.key.shape()[2])?;
+        let numbers = self.obey(client, slots, &orders);
+        self.launch_append(client, &numbers, new);
         Ok(())
+    }
+
+    /// Starts a sequence of `length` tokens of which the last are given, and those before them are not there.
+    pub(crate) fn start_with(
+        &mut self,
+        client: &Client,
+        length: usize,
+        last: &NewTokens<'_>,
+    ) -> Result<SequenceId> {
+        let sequence = self.start(client)?;
+        let slot = sequence.slot as usize;
+        match self.book.append(&[slot], length) {
+            Ok(orders) => {
+                self.book.forget(slot, length - last.key.shape()[2]);
+                let numbers = self.obey(client, &[slot], &orders);
+                self.launch_append(client, &numbers, last);
+                Ok(sequence)
+            }
+            Err(error) => {
+                self.free(sequence)?;
+                Err(error)
+            }
+        }
+    }
+
+    /// Writes the last tokens of the sequences in `slots`, whose lengths count them already.
+    fn launch_append(&self, client: &Client, slots: &Handle, new: &NewTokens<'_>) {
+        let mut keys = vec![(new.key, &self.key, true)];
+        keys.extend(new.plain_key.zip(self.plain_key.as_ref()).map(|(new, pool)| (new, pool, false)));
+        for (key, pool, values) in keys {
+            let [batch, kv_heads, tokens, _] = key.shape();
+            let width = width([key, new.value, pool.view(), self.value.view()]);
+            let dim = self.shape.head_dim.max(if values { self.shape.value_dim } else { 0 });
+            let (cubes, units) = grid(client, batch * kv_heads * tokens * dim / width);
+            // SAFETY: views were checked, pools have room for every page, and the book has given each token one.
+            unsafe {
+                append_kernel::launch_unchecked(
+                    client,
+                    cubes,
+                    units,
+                    elements(key),
+                    elements(new.value),
+                    words(&self.tables),
+                    words(slots),
+                    elements(pool.view()),
+                    elements(self.value.view()),
+                    self.shape_launch([batch, tokens], width, values),
+                    strides(key),
+                    strides(new.value),
+                    self.places(),
+                    width,
+                    self.shape.element.into(),
+                    width,
+                );
+            }
+        }
     }
 
     /// Takes back all tokens of a sequence but the first `length`: speculative tokens that were rejected. With 0 the
@@ -278,7 +369,7 @@ impl KvCache {
                 words(&slots),
                 elements(key.view()),
                 elements(value.view()),
-                self.shape_launch(1, tokens, width),
+                self.shape_launch([1, tokens], width, true),
                 self.places(),
                 element.into(),
                 width,
@@ -339,40 +430,50 @@ impl KvCache {
                 edit_kernel::launch_unchecked(client, cubes, units, numbers, tables, first, count);
             }
             if let Some(tokens) = copies.iter().map(|copy| copy.tokens as usize).max() {
-                let KvShape { kv_heads, head_dim, value_dim, element } = self.shape;
-                let width = width([self.key.view(), self.value.view()]);
-                let rows = copies.len() * kv_heads * tokens;
-                let (cubes, units) = grid(client, rows * head_dim.max(value_dim) / width);
-                copy_kernel::launch_unchecked(
-                    client,
-                    cubes,
-                    units,
-                    words(&handle),
-                    elements(self.key.view()),
-                    elements(self.value.view()),
-                    self.shape_launch(copies.len(), tokens, width),
-                    copies_at as u32,
-                    self.layout().page_size as u32,
-                    element.into(),
-                    width,
-                );
+                let mut pools = vec![(&self.key, true)];
+                pools.extend(self.plain_key.iter().map(|pool| (pool, false)));
+                for (pool, values) in pools {
+                    let KvShape { kv_heads, head_dim, value_dim, element } = self.shape;
+                    let width = width([pool.view(), self.value.view()]);
+                    let rows = copies.len() * kv_heads * tokens;
+                    let (cubes, units) = grid(client, rows * head_dim.max(value_dim) / width);
+                    copy_kernel::launch_unchecked(
+                        client,
+                        cubes,
+                        units,
+                        words(&handle),
+                        elements(pool.view()),
+                        elements(self.value.view()),
+                        self.shape_launch([copies.len(), tokens], width, values),
+                        copies_at as u32,
+                        self.layout().page_size as u32,
+                        element.into(),
+                        width,
+                    );
+                }
             }
         }
         handle
     }
 
-    fn shape_launch(&self, batch: usize, tokens: usize, width: usize) -> ShapeLaunch {
+    /// Of keys with their values, or of keys alone.
+    pub(crate) fn shape_launch(
+        &self,
+        [batch, tokens]: [usize; 2],
+        width: usize,
+        values: bool,
+    ) -> ShapeLaunch {
         let KvShape { kv_heads, head_dim, value_dim, .. } = self.shape;
         ShapeLaunch::new(
             batch as u32,
             kv_heads as u32,
             tokens as u32,
             (head_dim / width) as u32,
-            (value_dim / width) as u32,
+            if values { (value_dim / width) as u32 } else { 0 },
         )
     }
 
-    fn places(&self) -> PlacesLaunch {
+    pub(crate) fn places(&self) -> PlacesLaunch {
         crate::view::places(self.book.layout(), self.shape.kv_heads)
     }
 
@@ -380,7 +481,7 @@ impl KvCache {
         SequenceId { cache: self.id, slot: slot as u32, generation: self.generations[slot] }
     }
 
-    fn slot(&self, sequence: SequenceId) -> Result<usize> {
+    pub(crate) fn slot(&self, sequence: SequenceId) -> Result<usize> {
         let slot = sequence.slot as usize;
         let known = sequence.cache == self.id
             && self.book.is_used(slot)
@@ -391,11 +492,11 @@ impl KvCache {
         }
     }
 
-    fn slots(&self, sequences: &[SequenceId]) -> Result<Vec<usize>> {
+    pub(crate) fn slots(&self, sequences: &[SequenceId]) -> Result<Vec<usize>> {
         sequences.iter().map(|&sequence| self.slot(sequence)).collect()
     }
 
-    fn check_device(&self, client: &Client) -> Result<()> {
+    pub(crate) fn check_device(&self, client: &Client) -> Result<()> {
         self.key.view().check("the cache", client, self.key.shape(), self.shape.element)
     }
 }
@@ -445,7 +546,7 @@ pub(crate) fn width<const N: usize>(views: [TensorView<'_, 4>; N]) -> usize {
     width
 }
 
-fn strides(view: TensorView<'_, 4>) -> kernels::StridesLaunch {
+pub(crate) fn strides(view: TensorView<'_, 4>) -> kernels::StridesLaunch {
     let [batch, head, token, _] = view.strides().map(|stride| stride as u32);
     kernels::StridesLaunch::new(batch, head, token)
 }

@@ -120,7 +120,7 @@ impl KvCache {
     }
 }
 
-fn foreign(found: impl Into<String>, expected: impl Into<String>) -> Error {
+pub(crate) fn foreign(found: impl Into<String>, expected: impl Into<String>) -> Error {
     Error::Snapshot { found: found.into(), expected: expected.into() }
 }
 

@@ -202,8 +202,8 @@ impl DecodePlan {
         step: &Step<'_>,
         partial: &Partial,
     ) -> Result<()> {
-        self.check(client, cache, step, partial)?;
-        self.launch_plan(client, cache, step);
+        partial.check(client, &self.problem)?;
+        self.plan(client, cache, step)?;
         match self.policy.routine {
             DecodeRoutine::Planes => planes::launch(self, client, cache, step),
             DecodeRoutine::Portable => portable::launch(self, client, cache, step),
@@ -212,17 +212,20 @@ impl DecodePlan {
         Ok(())
     }
 
-    fn check(
-        &self,
-        client: &Client,
-        cache: &CacheView<'_>,
-        step: &Step<'_>,
-        partial: &Partial,
-    ) -> Result<()> {
+    /// The first launch of [`attend`](Self::attend) alone, to be timed: what it costs to know what each kv head needs.
+    ///
+    /// # Errors
+    /// As [`attend`](Self::attend).
+    pub fn plan(&self, client: &Client, cache: &CacheView<'_>, step: &Step<'_>) -> Result<()> {
+        self.check(client, cache, step)?;
+        self.launch_plan(client, cache, step);
+        Ok(())
+    }
+
+    fn check(&self, client: &Client, cache: &CacheView<'_>, step: &Step<'_>) -> Result<()> {
         let Problem { batch, heads, query_len, head_dim, element, .. } = self.problem;
         cache.check(client, &self.problem)?;
         step.query.check("query", client, [batch, heads, query_len, head_dim], element)?;
-        partial.check(client, &self.problem)?;
         if let Some(sinks) = step.sink_logits {
             sinks.check("the sink logits", client, [heads], Element::F32)?;
         }

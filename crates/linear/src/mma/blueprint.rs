@@ -1,6 +1,6 @@
 //! What the kernels are compiled for, and how a problem is cut. Sizes are decided here and nowhere else.
 
-use bifocal_core::{DeviceProfile, Problem, Window};
+use bifocal_core::{DeviceProfile, Problem};
 use bifocal_tensor_core::{Operand, PANEL, SWIZZLE, copies::Tile, queries::QueryShape, sums::SumsShape};
 
 use crate::portable::geometry::LONGEST_CHUNK;
@@ -18,7 +18,7 @@ const SUM_TOKENS: usize = 64;
 
 /// The compile-time key of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Blueprint {
+pub(crate) struct Blueprint {
     pub(super) operand: Operand,
     /// Head dim, and value dim.
     pub(super) dim: usize,
@@ -26,6 +26,7 @@ pub(super) struct Blueprint {
     pub(super) rows: usize,
     /// Keys of a step, and tokens whose queries it has.
     pub(super) tokens: usize,
+    /// Whether outputs are `f32`; of the operand's type unless so.
     pub(super) out_f32: bool,
 }
 
@@ -33,7 +34,7 @@ impl Blueprint {
     /// Of the kernel that writes outputs: the largest tile that there is room for. A step adds its keys to the state and
     /// writes that to shared memory whatever the number of its rows: it should have many. A tile that a step does not fill
     /// is products for nothing. `None` where there is no kernel for a head dim or element type, or no room for its tiles.
-    pub(super) fn new(problem: &Problem, shared_memory: usize, out_f32: bool) -> Option<Self> {
+    pub(super) fn new(problem: &Problem, shared_memory: usize) -> Option<Self> {
         let operand = Operand::of(problem.element)?;
         if !matches!(problem.head_dim, 64 | 128) || problem.value_dim != problem.head_dim {
             return None;
@@ -43,7 +44,8 @@ impl Blueprint {
             2 | 3 => &[(64, 32)],
             _ => &[(128, 32), (64, 32)],
         };
-        let blueprint = |&(rows, tokens): &_| Self { operand, dim: problem.head_dim, rows, tokens, out_f32 };
+        let dim = problem.head_dim;
+        let blueprint = |&(rows, tokens): &_| Self { operand, dim, rows, tokens, out_f32: false };
         // Columns are multiplied by sixteen.
         let takes = |found: &Self| found.columns() >= 16 && found.room_bytes() <= shared_memory;
         tiles.iter().map(blueprint).find(takes)
@@ -54,9 +56,8 @@ impl Blueprint {
         Self { rows: 0, tokens: SUM_TOKENS, out_f32: false, ..self }
     }
 
-    /// Keys per chunk: as many cubes as run at once have one each.
-    pub(super) fn chunk(self, problem: &Problem, window: Window, profile: &DeviceProfile) -> usize {
-        let keys = problem.key_len - (window.keys() as usize).min(problem.key_len);
+    /// Keys per chunk of `keys` that leave: as many cubes as run at once have one each.
+    pub(crate) fn chunk(self, problem: &Problem, keys: usize, profile: &DeviceProfile) -> usize {
         let at_once = (profile.shared_memory / self.room_bytes()).clamp(1, 2);
         let lists = problem.batch * problem.kv_heads;
         let chunks = (at_once * profile.multiprocessors as usize / lists).max(1);
@@ -161,7 +162,7 @@ mod tests {
 
     fn blueprint(group: usize, dim: usize, shared_memory: usize) -> Option<Blueprint> {
         let problem = Problem::new([1, group, 1, dim], [1, 1, 1, dim], Element::Bf16).unwrap();
-        Blueprint::new(&problem, shared_memory, false)
+        Blueprint::new(&problem, shared_memory)
     }
 
     #[test]

@@ -36,12 +36,15 @@ pub(super) struct Numbers {
     /// The chunk of that index, negative before the first, and chunks from there to the last query's.
     pub(super) first_chunk: i32,
     pub(super) segments: u32,
+    /// The first query token, and key token, of the sequence among all that are packed.
+    pub(super) first_query: u32,
+    pub(super) first_key: u32,
 }
 
 /// Keys or values of a list.
 #[cube]
-fn source_of<E: Float>(tensor: &[E], batch: u32, kv_head: u32, strides: &Strides) -> Source {
-    let start = offset(strides, batch, kv_head, 0u32);
+fn source_of<E: Float>(tensor: &[E], list: u32, strides: &Strides, numbers: &Numbers) -> Source {
+    let start = offset(strides, list / numbers.kv_heads, list % numbers.kv_heads, numbers.first_key);
     Source { address: global_address::<E>(tensor.as_ptr()) + start as u64 * 2u64, stride: strides.token }
 }
 
@@ -89,15 +92,13 @@ pub(super) fn sum_kernel<E: Float>(
 ) {
     let list = CUBE_POS as u32 / numbers.chunks;
     let chunk = CUBE_POS as u32 % numbers.chunks;
-    let batch = list / numbers.kv_heads;
-    let kv_head = list % numbers.kv_heads;
     let room = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.sum_bytes() / 4], 1024usize);
     let start = shared_address(&room);
     let begin = chunk * numbers.chunk;
     let end = min(begin + numbers.chunk, numbers.keys);
     let keys = Keys {
-        key: source_of::<E>(key, batch, kv_head, &key_strides),
-        value: source_of::<E>(value, batch, kv_head, &value_strides),
+        key: source_of::<E>(key, list, &key_strides, &numbers),
+        value: source_of::<E>(value, list, &value_strides, &numbers),
         begin: begin as i32,
         end,
     };
@@ -159,7 +160,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     let list = CUBE_POS as u32 / numbers.segments;
     let chunk = numbers.first_chunk + (CUBE_POS as u32 % numbers.segments) as i32;
     let batch = list / numbers.kv_heads;
-    let kv_head = list % numbers.kv_heads;
+    let first_head = list % numbers.kv_heads * numbers.group;
     let room = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.room_bytes() / 4], 1024usize);
     let start = shared_address(&room);
     let tokens = comptime![blueprint.tokens as u32];
@@ -167,15 +168,14 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     let begin = chunk * numbers.chunk as i32;
     let end = begin + numbers.chunk as i32;
     let keys = Keys {
-        key: source_of::<E>(key, batch, kv_head, &key_strides),
-        value: source_of::<E>(value, batch, kv_head, &value_strides),
+        key: source_of::<E>(key, list, &key_strides, &numbers),
+        value: source_of::<E>(value, list, &value_strides, &numbers),
         begin,
         end: max(min(end, numbers.keys as i32), 0i32) as u32,
     };
     // The chunk of the last query ends with it.
     let end = min(end, numbers.offset + numbers.query_len as i32);
-    let first_head = kv_head * numbers.group;
-    let list_start = offset(&query_strides, batch, first_head, 0u32);
+    let list_start = offset(&query_strides, batch, first_head, numbers.first_query);
     let queries = Queries {
         address: global_address::<E>(query.as_ptr()) + list_start as u64 * 2u64,
         head_stride: query_strides.head,
@@ -186,7 +186,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     };
     let steps = ((end - begin) as u32).div_ceil(tokens);
     let tiles = queries.tiles(comptime![blueprint.queries()]);
-    let target = offset(&out_strides, batch, first_head, 0u32) as u64
+    let target = offset(&out_strides, batch, first_head, numbers.first_query) as u64
         * comptime![if blueprint.out_f32 { 4u64 } else { 2u64 }];
     let target = global_address::<O>(out.as_ptr()) + target;
     let query_room = start + comptime![blueprint.query_at()];

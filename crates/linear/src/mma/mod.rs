@@ -12,8 +12,8 @@ mod rows;
 mod source;
 
 use bifocal_core::{
-    DeviceProfile, Element, FeatureMap, Problem, Refusal, Result, Window,
-    device::{Tensor, TensorView, launch::elements},
+    DeviceProfile, Element, FeatureMap, Problem, Refusal,
+    device::{Rows, Tensor, TensorView, launch::elements},
 };
 use bifocal_tensor_core::{Operand, aligned};
 use cubecl::{client::Client, prelude::*};
@@ -28,8 +28,13 @@ use crate::{
     portable::{self, geometry::Geometry, strides},
 };
 
-/// Whether this routine can run the forward pass of `problem` on a device with this profile; if not, why.
-pub(crate) fn supports(problem: &Problem, map: FeatureMap, profile: &DeviceProfile) -> Result<(), Refusal> {
+/// What the kernels are compiled for; or why this routine cannot run the forward pass of `problem` on a device with this
+/// profile.
+pub(crate) fn blueprint(
+    problem: &Problem,
+    map: FeatureMap,
+    profile: &DeviceProfile,
+) -> Result<Blueprint, Refusal> {
     if profile.cuda_arch.is_none_or(|arch| arch < 80) || !profile.has_planes() {
         return Err(Refusal::Architecture { needs: "an NVIDIA GPU of compute capability 8.0 or above" });
     }
@@ -48,11 +53,8 @@ pub(crate) fn supports(problem: &Problem, map: FeatureMap, profile: &DeviceProfi
         let supported = "the head dim of query and key";
         return Err(Refusal::HeadDim { head_dim: value_dim, supported });
     }
-    if Blueprint::new(problem, profile.shared_memory, false).is_none() {
-        let supported = "64 where a cube has less than 163 KiB of shared memory";
-        return Err(Refusal::HeadDim { head_dim, supported });
-    }
-    Ok(())
+    let supported = "64 where a cube has less than 163 KiB of shared memory";
+    Blueprint::new(problem, profile.shared_memory).ok_or(Refusal::HeadDim { head_dim, supported })
 }
 
 /// Whether there is a kernel for the inputs, laid out as 16-byte accesses need it; if not, why.
@@ -60,36 +62,33 @@ pub(crate) fn takes(inputs: &LinearInputs<'_>, out: TensorView<'_, 4>) -> Result
     if inputs.log_decay.is_some() {
         return Err(Refusal::Decay);
     }
+    if let Rows::Routed(_) = inputs.rows {
+        return Err(Refusal::RoutedRows);
+    }
     aligned("query", inputs.attention.query, false)?;
     aligned("key", inputs.attention.key, false)?;
     aligned("value", inputs.attention.value, false)?;
     aligned("the output", out, false)
 }
 
-/// Writes the outputs of every row, and gives the state that the last one met; `None` where [`supports`] refuses.
-/// Everything has been checked: [`supports`], [`takes`], and what the operator checks.
+/// Writes the outputs of every row, and to `end` the state that the last one met: of a batch, or of one of the sequences that
+/// are packed into it. Everything has been checked: [`blueprint()`], [`takes`], and what the operator checks.
 pub(crate) fn attend(
     client: &Client,
-    problem: &Problem,
     inputs: &LinearInputs<'_>,
-    (window, chunk): (Window, Option<usize>),
+    geometry: &Geometry,
+    blueprint: Blueprint,
     out: &Tensor<4>,
-) -> Result<Option<State>> {
-    let profile = DeviceProfile::of(client);
-    let Some(blueprint) = Blueprint::new(problem, profile.shared_memory, out.element() == Element::F32)
-    else {
-        return Ok(None);
-    };
-    let chunk = chunk.unwrap_or_else(|| blueprint.chunk(problem, window, &profile));
-    let geometry = Geometry::new(problem, window, FeatureMap::SoftmaxPair, Some(chunk))?;
-    let Geometry { lists, chunks, features, value_dim, segments, .. } = geometry;
+    end: &Tensor<4>,
+) {
+    let Geometry { lists, chunks, features, value_dim, segments, .. } = *geometry;
     let states = Tensor::empty(client, [lists * chunks * features * value_dim], Element::F32);
     let attention = &inputs.attention;
     let cubes = |count: usize| CubeCount::Static(count as u32, 1, 1);
     let units = CubeDim::new_1d(THREADS as u32);
-    let element = problem.element;
-    // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; the geometry is
-    // the problem's, and rows and keys beyond it are neither read nor written.
+    let element = blueprint.operand.element();
+    // SAFETY: the checks before keep every index that shapes and strides can form inside the buffers; the geometry is that of
+    // the problem or of one of its sequences, and rows and keys beyond it are neither read nor written.
     unsafe {
         sum_kernel::launch_unchecked(
             client,
@@ -100,12 +99,16 @@ pub(crate) fn attend(
             elements(states.view()),
             strides(attention.key.strides()),
             strides(attention.value.strides()),
-            numbers(&geometry),
+            numbers(geometry),
             blueprint.of_sums(),
             element.into(),
         );
     }
-    let end = portable::prefix(client, &geometry, &states, inputs.state.map(State::view));
+    portable::prefix(client, geometry, &states, inputs.state.map(State::view), end);
+    if geometry.query_len == 0 {
+        return;
+    }
+    let blueprint = Blueprint { out_f32: out.element() == Element::F32, ..blueprint };
     // SAFETY: as above; outputs have memory of their own.
     unsafe {
         read_kernel::launch_unchecked(
@@ -121,12 +124,11 @@ pub(crate) fn attend(
             strides(attention.key.strides()),
             strides(attention.value.strides()),
             strides(out.strides()),
-            numbers(&geometry),
+            numbers(geometry),
             blueprint,
             [element.into(), out.element().into()],
         );
     }
-    Ok(Some(end))
 }
 
 fn numbers(geometry: &Geometry) -> NumbersLaunch {
@@ -140,5 +142,7 @@ fn numbers(geometry: &Geometry) -> NumbersLaunch {
         geometry.offset as i32,
         geometry.first_chunk as i32,
         geometry.segments as u32,
+        geometry.place.first_query as u32,
+        geometry.place.first_key as u32,
     )
 }

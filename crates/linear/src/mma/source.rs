@@ -19,7 +19,7 @@ pub fn sources() -> impl Iterator<Item = (String, Source)> {
         cases.clone().flat_map(move |(element, group, dim)| {
             let shared_memory = gpu.properties().hardware.max_shared_memory_size;
             let problem = Problem::new([1, group, 1, dim], [1, 1, 1, dim], element).ok();
-            let blueprint = problem.and_then(|problem| Blueprint::new(&problem, shared_memory, false));
+            let blueprint = problem.and_then(|problem| Blueprint::new(&problem, shared_memory));
             blueprint.into_iter().flat_map(move |blueprint| {
                 let name = |kernel| format!("linear-{kernel}-{element}-{dim}-group-{group}.{}", gpu.arch());
                 let read: Source = Box::new(move || read_source(blueprint, gpu));
@@ -32,7 +32,7 @@ pub fn sources() -> impl Iterator<Item = (String, Source)> {
 }
 
 fn numbers() -> NumbersLaunch {
-    NumbersLaunch::new(1, 1, 1, 1, 1, 1, 0, 0, 1)
+    NumbersLaunch::new(1, 1, 1, 1, 1, 1, 0, 0, 1, 0, 0)
 }
 
 fn sum_source(blueprint: Blueprint, gpu: Gpu) -> Result<String, String> {

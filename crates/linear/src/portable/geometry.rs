@@ -1,6 +1,8 @@
 //! How a call is cut into chunks, and what its kernels are compiled for. Sizes are decided here and nowhere else.
 
-use bifocal_core::{DeviceProfile, Error, FeatureMap, Problem, Result, Window};
+use core::ops::Range;
+
+use bifocal_core::{DeviceProfile, Error, FeatureMap, Problem, Result, device::Sequences};
 
 /// Most numbers in the states of all chunks: 1 GiB. Longer contexts have longer chunks.
 const STATE_NUMBERS: usize = 1 << 28;
@@ -14,13 +16,10 @@ pub(crate) const LONGEST_CHUNK: usize = 1 << 16;
 /// after the last chunk, which may be cut short, is the state that the call leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
-    pub(crate) batch: usize,
-    pub(crate) heads: usize,
     pub(crate) kv_heads: usize,
     pub(crate) lists: usize,
     pub(crate) group: usize,
     pub(crate) query_len: usize,
-    pub(crate) key_len: usize,
     pub(crate) head_dim: usize,
     pub(crate) value_dim: usize,
     pub(crate) features: usize,
@@ -36,23 +35,80 @@ pub(crate) struct Geometry {
     pub(crate) first_chunk: i64,
     /// Chunks from that one to the last query's.
     pub(crate) segments: usize,
+    pub(crate) place: Place,
+}
+
+/// Where a sequence lies among those that are packed with it; one that is alone begins at 0.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Place {
+    /// Query tokens, and key tokens, that there are in all.
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) first_query: usize,
+    pub(crate) first_key: usize,
+    /// Its first state among all.
+    pub(crate) first_state: usize,
+}
+
+impl Place {
+    fn alone(problem: &Problem) -> Self {
+        let Problem { query_len, key_len, .. } = *problem;
+        Self { queries: query_len, keys: key_len, first_query: 0, first_key: 0, first_state: 0 }
+    }
 }
 
 impl Geometry {
+    /// The geometry of each sequence of a batch of 1 that they are packed into. Chunks have as many keys as `chunk` says of the
+    /// number of keys that leave, or as many as suit the portable routine.
+    ///
+    /// # Errors
+    /// As [`Geometry::new`].
+    pub(crate) fn packed(
+        problem: &Problem,
+        sequences: &Sequences,
+        hidden: usize,
+        map: FeatureMap,
+        chunk: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Vec<Self>> {
+        let of = |(at, (queries, keys)): (usize, (Range<usize>, Range<usize>))| {
+            let mut one = *problem;
+            (one.query_len, one.key_len) = (queries.len(), keys.len());
+            let place = Place {
+                first_query: queries.start,
+                first_key: keys.start,
+                first_state: at * problem.kv_heads,
+                ..Place::alone(problem)
+            };
+            Self::at(&one, place, hidden, map, &chunk)
+        };
+        sequences.ranges().enumerate().map(of).collect()
+    }
+
+    /// Of keys that all leave but for the last `hidden`.
+    ///
     /// # Errors
     /// [`Error::TooLarge`] when the states of all chunks, or the kernels' units, are more than indices can address.
     pub(crate) fn new(
         problem: &Problem,
-        window: Window,
+        hidden: usize,
         map: FeatureMap,
-        chunk: Option<usize>,
+        chunk: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Self> {
+        Self::at(problem, Place::alone(problem), hidden, map, chunk)
+    }
+
+    fn at(
+        problem: &Problem,
+        place: Place,
+        hidden: usize,
+        map: FeatureMap,
+        chunk: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, .. } = *problem;
         let (lists, group, features) = (batch * kv_heads, problem.group(), map.features(head_dim));
-        let hidden = (window.keys() as usize).min(key_len);
-        let keys = key_len - hidden;
+        let keys = key_len.saturating_sub(hidden);
         let state = lists.saturating_mul(features).saturating_mul(value_dim);
-        let chunk = chunk.unwrap_or_else(|| {
+        let chunk = chunk(keys).unwrap_or_else(|| {
             // With half as many keys as features, a row's share of its chunk costs about half of its share of the state.
             let mut chunk = head_dim.next_power_of_two().clamp(32, 256);
             while chunk < LONGEST_CHUNK && keys.div_ceil(chunk).saturating_mul(state) > STATE_NUMBERS {
@@ -66,7 +122,7 @@ impl Geometry {
         let shift = offset.rem_euclid(chunk as i64) as usize;
         let segments = (query_len + shift).div_ceil(chunk);
         let limit = u128::from(u32::MAX);
-        let rows = (batch * heads * query_len).max(lists * key_len) as u128;
+        let rows = (batch * heads * place.queries).max(lists * place.keys) as u128;
         // Each kernel has at most a unit per row, counted with the room of whole chunks, or per number of a state.
         let room = segments.max(chunks) as u128 * (chunk * group) as u128 * lists as u128;
         for (what, size) in [
@@ -79,13 +135,10 @@ impl Geometry {
             }
         }
         Ok(Self {
-            batch,
-            heads,
             kv_heads,
             lists,
             group,
             query_len,
-            key_len,
             head_dim,
             value_dim,
             features,
@@ -95,12 +148,8 @@ impl Geometry {
             offset,
             first_chunk,
             segments,
+            place,
         })
-    }
-
-    /// `[B, Hk, features, Dv]`.
-    pub(crate) fn state_shape(&self) -> [usize; 4] {
-        [self.batch, self.kv_heads, self.features, self.value_dim]
     }
 }
 
@@ -112,6 +161,8 @@ pub(super) struct Blueprint {
     pub(super) decays: bool,
     /// Whether a unit's rows are keys, and those that it meets queries.
     pub(super) of_keys: bool,
+    /// Whether queries are those of a dispatch plan's lists.
+    pub(super) routed: bool,
     pub(super) value_dim: usize,
     /// Dims that the arrays of staged tiles have room for; one where tiles are not staged.
     pub(super) head_room: usize,
@@ -127,13 +178,20 @@ pub(super) struct Blueprint {
 }
 
 impl Blueprint {
-    pub(super) fn new(geometry: &Geometry, profile: &DeviceProfile, map: FeatureMap, decays: bool) -> Self {
+    pub(super) fn new(
+        geometry: &Geometry,
+        profile: &DeviceProfile,
+        map: FeatureMap,
+        decays: bool,
+        routed: bool,
+    ) -> Self {
         let staged = profile.cpu_cores.is_some();
         let (head_dim, value_dim) = (geometry.head_dim, geometry.value_dim);
         Self {
             map,
             decays,
             of_keys: false,
+            routed,
             value_dim,
             head_room: if staged { head_dim } else { 1 },
             value_room: if staged { value_dim } else { 1 },
@@ -148,6 +206,16 @@ impl Blueprint {
     /// The same for rows that are keys.
     pub(super) fn of_keys(self) -> Self {
         Self { of_keys: true, ..self }
+    }
+
+    /// Whether a unit's rows are listed.
+    pub(super) fn lists_own(self) -> bool {
+        self.routed && !self.of_keys
+    }
+
+    /// Whether those that they meet are.
+    pub(super) fn lists_others(self) -> bool {
+        self.routed && self.of_keys
     }
 }
 
@@ -174,7 +242,7 @@ mod tests {
     fn geometry(query_len: usize, key_len: usize, window: usize, chunk: Option<usize>) -> Geometry {
         let shape = |heads, length| [2, heads, length, 64];
         let problem = Problem::new(shape(4, query_len), shape(2, key_len), Element::F32).unwrap();
-        Geometry::new(&problem, Window::new(window).unwrap(), FeatureMap::SoftmaxPair, chunk).unwrap()
+        Geometry::new(&problem, window, FeatureMap::SoftmaxPair, |_| chunk).unwrap()
     }
 
     #[test]
@@ -208,8 +276,7 @@ mod tests {
         assert!(long.chunk > 64 && long.chunks * 4 * 128 * 64 <= STATE_NUMBERS);
         let shape = [1 << 10, 1, 1 << 14, 64];
         let problem = Problem::new(shape, shape, Element::F32).unwrap();
-        let window = Window::new(1).unwrap();
-        let refused = Geometry::new(&problem, window, FeatureMap::SoftmaxPair, Some(1));
+        let refused = Geometry::new(&problem, 1, FeatureMap::SoftmaxPair, |_| Some(1));
         assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     }
 }

@@ -7,6 +7,7 @@
 
 mod features;
 pub(crate) mod geometry;
+mod meet;
 mod numbers;
 mod read;
 mod rows;
@@ -17,8 +18,8 @@ mod turn;
 use bifocal_core::{
     DeviceProfile, Element, FeatureMap, Problem, Refusal, Result,
     device::{
-        Gradients, Tensor, TensorView,
-        launch::{elements, grid},
+        Gradients, Rows, Summaries, Tensor, TensorView,
+        launch::{elements, grid, words},
     },
 };
 use cubecl::client::Client;
@@ -27,7 +28,8 @@ pub(crate) use self::numbers::{Strides, offset, strides};
 use self::{
     features::norms_kernel,
     geometry::{Blueprint, Geometry, lanes, largest_divisor},
-    numbers::{keys, numbers, queries},
+    meet::{meet_kernel, score_kernel},
+    numbers::{ListsLaunch, keys, lists, numbers, queries},
     read::read_kernel,
     states::{Scan, decays_kernel, scan_kernel, sum_kernel},
     step::{SizesLaunch, step_kernel},
@@ -50,15 +52,29 @@ pub(crate) fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<(),
     Ok(())
 }
 
-/// A call on a device: its geometry, and what all of its kernels read. Everything has been checked.
+/// The norms of all queries, and of all keys.
+#[derive(Clone)]
+pub(crate) struct AllNorms {
+    query: Tensor<1>,
+    key: Tensor<1>,
+}
+
+impl AllNorms {
+    pub(crate) fn new(client: &Client, inputs: &LinearInputs<'_>, map: FeatureMap) -> Self {
+        let of = |x| norms(client, map, x);
+        Self { query: of(inputs.attention.query), key: of(inputs.attention.key) }
+    }
+}
+
+/// A call on a device, of a batch or of one of the sequences that are packed into it: its geometry, and what all of its
+/// kernels read. Everything has been checked.
 pub(crate) struct Call<'a> {
     client: &'a Client,
     problem: &'a Problem,
     inputs: &'a LinearInputs<'a>,
     geometry: Geometry,
     blueprint: Blueprint,
-    query_norms: Tensor<1>,
-    key_norms: Tensor<1>,
+    norms: AllNorms,
     /// Sums of decays from the starts of chunks; norms where nothing decays.
     decays: Tensor<1>,
 }
@@ -70,22 +86,25 @@ impl<'a> Call<'a> {
         inputs: &'a LinearInputs<'a>,
         geometry: Geometry,
         map: FeatureMap,
+        norms: &AllNorms,
     ) -> Self {
         let profile = DeviceProfile::of(client);
-        let blueprint = Blueprint::new(&geometry, &profile, map, inputs.log_decay.is_some());
-        let query_norms = norms(client, map, inputs.attention.query);
-        let key_norms = norms(client, map, inputs.attention.key);
+        let (decays, routed) = (inputs.log_decay.is_some(), matches!(inputs.rows, Rows::Routed(_)));
+        let blueprint = Blueprint::new(&geometry, &profile, map, decays, routed);
         let decays = match inputs.log_decay {
             Some(log_decay) => sum_decays(client, &geometry, log_decay),
-            None => query_norms.clone(),
+            None => norms.query.clone(),
         };
-        Self { client, problem, inputs, geometry, blueprint, query_norms, key_norms, decays }
+        Self { client, problem, inputs, geometry, blueprint, norms: norms.clone(), decays }
     }
 
-    /// Writes the outputs of every row, and gives the state that the last one met.
-    pub(crate) fn attend(&self, out: &Tensor<4>) -> State {
-        let (states, end) = self.states();
-        let Self { client, geometry, blueprint, .. } = self;
+    /// Writes the outputs of the rows, and to `end` the state that the last one met.
+    pub(crate) fn attend(&self, out: &Tensor<4>, end: &Tensor<4>) {
+        let states = self.states(end);
+        let Self { client, geometry, blueprint, norms, .. } = self;
+        if geometry.query_len == 0 {
+            return;
+        }
         let attention = &self.inputs.attention;
         let (cubes, units) = grid(client, self.tiles(geometry.group, geometry.segments));
         let element = self.problem.element;
@@ -100,8 +119,8 @@ impl<'a> Call<'a> {
                 elements(attention.query),
                 elements(attention.key),
                 elements(attention.value),
-                elements(self.query_norms.view()),
-                elements(self.key_norms.view()),
+                elements(norms.query.view()),
+                elements(norms.key.view()),
                 elements(self.decays.view()),
                 elements(states.view()),
                 elements(out.view()),
@@ -111,61 +130,66 @@ impl<'a> Call<'a> {
                 strides(out.strides()),
                 queries(geometry),
                 keys(geometry),
+                self.lists(),
                 numbers(geometry),
                 *blueprint,
                 types,
                 blueprint.lanes,
             );
         }
-        end
     }
 
-    /// Adds the gradients of queries, keys and values, and gives that of the state that came in.
+    /// Adds the gradients of queries, keys and values, and writes that of the state that came in to `d_start`.
     pub(crate) fn backward(
         &self,
         d_out: TensorView<'_, 4>,
         d_state: Option<&Tensor<4>>,
         gradients: &Gradients,
-    ) -> Tensor<4> {
-        let (states, _) = self.states();
-        let Self { client, geometry, blueprint, .. } = self;
+        d_start: &Tensor<4>,
+    ) {
+        // Nothing asks for the state that is left: it goes where the gradient will be.
+        let states = self.states(d_start);
+        let Self { client, geometry, blueprint, norms, .. } = self;
         let attention = &self.inputs.attention;
         let element = self.problem.element;
         // The gradients of the states after the chunks, from the last to the first.
         let slopes = self.room_for_states();
         let early = self.inputs.state.is_some();
-        self.sum(attention.query, d_out, &self.query_norms, queries(geometry), early, *blueprint, &slopes);
-        let d_start = self.scan(&slopes, d_state.map(Tensor::view), true);
+        self.sum(attention.query, d_out, &norms.query, queries(geometry), early, *blueprint, &slopes);
+        self.scan(&slopes, d_state.map(Tensor::view), d_start, true);
 
         let tiles = [self.tiles(geometry.group, geometry.segments), self.tiles(1, geometry.chunks)];
         let of_keys = blueprint.of_keys();
         // SAFETY: as for the forward pass; gradients are contiguous and have passed their own check.
         unsafe {
-            let (cubes, units) = grid(client, tiles[0]);
-            turn_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                elements(attention.query),
-                elements(d_out),
-                elements(attention.key),
-                elements(attention.value),
-                elements(self.query_norms.view()),
-                elements(self.key_norms.view()),
-                elements(self.decays.view()),
-                elements(states.view()),
-                elements(gradients.query.view()),
-                strides(attention.query.strides()),
-                strides(d_out.strides()),
-                strides(attention.key.strides()),
-                strides(attention.value.strides()),
-                queries(geometry),
-                keys(geometry),
-                numbers(geometry),
-                *blueprint,
-                [element.into(), d_out.element().into(), element.into()],
-                blueprint.lanes,
-            );
+            if geometry.query_len > 0 {
+                let (cubes, units) = grid(client, tiles[0]);
+                turn_kernel::launch_unchecked(
+                    client,
+                    cubes,
+                    units,
+                    elements(attention.query),
+                    elements(d_out),
+                    elements(attention.key),
+                    elements(attention.value),
+                    elements(norms.query.view()),
+                    elements(norms.key.view()),
+                    elements(self.decays.view()),
+                    elements(states.view()),
+                    elements(gradients.query.view()),
+                    strides(attention.query.strides()),
+                    strides(d_out.strides()),
+                    strides(attention.key.strides()),
+                    strides(attention.value.strides()),
+                    queries(geometry),
+                    keys(geometry),
+                    self.lists(),
+                    numbers(geometry),
+                    *blueprint,
+                    [element.into(), d_out.element().into(), element.into()],
+                    blueprint.lanes,
+                );
+            }
             let (cubes, units) = grid(client, tiles[1]);
             turn_kernel::launch_unchecked(
                 client,
@@ -175,8 +199,8 @@ impl<'a> Call<'a> {
                 elements(attention.value),
                 elements(attention.query),
                 elements(d_out),
-                elements(self.key_norms.view()),
-                elements(self.query_norms.view()),
+                elements(norms.key.view()),
+                elements(norms.query.view()),
                 elements(self.decays.view()),
                 elements(slopes.view()),
                 elements(gradients.key.view()),
@@ -186,6 +210,7 @@ impl<'a> Call<'a> {
                 strides(d_out.strides()),
                 keys(geometry),
                 queries(geometry),
+                self.lists(),
                 numbers(geometry),
                 of_keys,
                 [element.into(), element.into(), d_out.element().into()],
@@ -199,8 +224,8 @@ impl<'a> Call<'a> {
                 elements(attention.key),
                 elements(attention.query),
                 elements(d_out),
-                elements(self.key_norms.view()),
-                elements(self.query_norms.view()),
+                elements(norms.key.view()),
+                elements(norms.query.view()),
                 elements(self.decays.view()),
                 elements(slopes.view()),
                 elements(gradients.value.view()),
@@ -210,24 +235,28 @@ impl<'a> Call<'a> {
                 strides(gradients.value.strides()),
                 keys(geometry),
                 queries(geometry),
+                self.lists(),
                 numbers(geometry),
                 of_keys,
                 [element.into(), d_out.element().into(), Element::F32.into()],
                 blueprint.lanes,
             );
         }
-        d_start
     }
 
-    /// The state before each chunk, and the one after the last.
-    fn states(&self) -> (Tensor<1>, State) {
+    /// The state before each chunk; writes the one after the last to `end`.
+    pub(crate) fn states(&self, end: &Tensor<4>) -> Tensor<1> {
         let states = self.room_for_states();
         let attention = &self.inputs.attention;
         let side = keys(&self.geometry);
         let blueprint = self.blueprint.of_keys();
-        self.sum(attention.key, attention.value, &self.key_norms, side, false, blueprint, &states);
-        let end = self.scan(&states, self.inputs.state.map(State::view), false);
-        (states, State::of(end))
+        self.sum(attention.key, attention.value, &self.norms.key, side, false, blueprint, &states);
+        self.scan(&states, self.inputs.state.map(State::view), end, false);
+        states
+    }
+
+    fn lists(&self) -> ListsLaunch {
+        lists(self.inputs.rows, self.norms.query.handle())
     }
 
     fn room_for_states(&self) -> Tensor<1> {
@@ -269,6 +298,7 @@ impl<'a> Call<'a> {
                 strides(x.strides()),
                 strides(y.strides()),
                 side,
+                self.lists(),
                 numbers(&self.geometry),
                 u32::from(early),
                 blueprint,
@@ -279,34 +309,34 @@ impl<'a> Call<'a> {
     }
 
     /// [`scan`], with this call's decays.
-    fn scan(&self, sums: &Tensor<1>, start: Option<TensorView<'_, 4>>, backwards: bool) -> Tensor<4> {
+    fn scan(&self, sums: &Tensor<1>, start: Option<TensorView<'_, 4>>, end: &Tensor<4>, backwards: bool) {
         let of = Scan { decays: self.blueprint.decays, starts: start.is_some(), backwards };
-        scan(self.client, &self.geometry, sums, start, &self.decays, of)
+        scan(self.client, &self.geometry, (sums, start, end), &self.decays, of);
     }
 }
 
-/// What comes before each chunk, in the place of its sum, and what is left in the end; nothing decays.
+/// Puts what comes before each chunk in the place of its sum, and writes what is left to `end`; nothing decays.
 pub(crate) fn prefix(
     client: &Client,
     geometry: &Geometry,
     sums: &Tensor<1>,
     start: Option<TensorView<'_, 4>>,
-) -> State {
+    end: &Tensor<4>,
+) {
     let no_decays = Tensor::empty(client, [4], Element::F32);
     let of = Scan { decays: false, starts: start.is_some(), backwards: false };
-    State::of(scan(client, geometry, sums, start, &no_decays, of))
+    scan(client, geometry, (sums, start, end), &no_decays, of);
 }
 
-/// Turns the sums of chunks into what comes before each, or after; gives what is left in the end.
+/// Turns the sums of chunks into what comes before each, or after; writes what is left to `end`. There are at least four
+/// numbers of decays: where no state comes in they are bound in its place.
 fn scan(
     client: &Client,
     geometry: &Geometry,
-    sums: &Tensor<1>,
-    start: Option<TensorView<'_, 4>>,
+    (sums, start, end): (&Tensor<1>, Option<TensorView<'_, 4>>, &Tensor<4>),
     decays: &Tensor<1>,
     scan: Scan,
-) -> Tensor<4> {
-    let end = Tensor::empty(client, geometry.state_shape(), Element::F32);
+) {
     let numbers_per_list = geometry.features * geometry.value_dim;
     let width = largest_divisor(numbers_per_list, 4);
     let columns = numbers_per_list / width;
@@ -330,7 +360,6 @@ fn scan(
             width,
         );
     }
-    end
 }
 
 /// The norms of every row of a tensor; a few numbers that nothing reads where the feature map has none.
@@ -366,7 +395,7 @@ fn norms(client: &Client, map: FeatureMap, x: TensorView<'_, 4>) -> Tensor<1> {
 
 /// Decays, summed up from the start of each chunk.
 fn sum_decays(client: &Client, geometry: &Geometry, log_decay: TensorView<'_, 4>) -> Tensor<1> {
-    let decays = Tensor::empty(client, [(geometry.lists * geometry.keys).max(1)], Element::F32);
+    let decays = Tensor::empty(client, [(geometry.lists * geometry.keys).max(4)], Element::F32);
     let (cubes, units) = grid(client, geometry.lists * geometry.chunks);
     // SAFETY: the decays have passed their check; each unit checks its chunk.
     unsafe {
@@ -377,6 +406,7 @@ fn sum_decays(client: &Client, geometry: &Geometry, log_decay: TensorView<'_, 4>
             elements(log_decay),
             elements(decays.view()),
             strides(log_decay.strides()),
+            keys(geometry),
             numbers(geometry),
         );
     }
@@ -443,6 +473,82 @@ pub(crate) fn step(
             blueprint,
             [problem.element.into(), out.element().into()],
             [blueprint.width, blueprint.heads],
+        );
+    }
+}
+
+/// Writes the outputs of a few queries per sequence and head, from states and from keys beside them. Everything has been
+/// checked.
+pub(crate) fn meet(
+    client: &Client,
+    problem: &Problem,
+    map: FeatureMap,
+    query: TensorView<'_, 4>,
+    summaries: &Summaries<'_>,
+    out: &Tensor<4>,
+) {
+    let Problem { batch, kv_heads, query_len, head_dim, value_dim, .. } = *problem;
+    let (lists, rows, room) = (batch * kv_heads, problem.packed_rows(), summaries.room());
+    let (key, value) = (summaries.key.view(), summaries.value.view());
+    let (query_norms, key_norms) = (norms(client, map, query), norms(client, map, key));
+    let scores = Tensor::<1>::empty(client, [lists * rows * room], Element::F32);
+    let profile = DeviceProfile::of(client);
+    let blueprint = meet::Blueprint {
+        map,
+        width: largest_divisor(value_dim, if profile.cpu_cores.is_some() { 16 } else { 4 }),
+        rows: rows.next_power_of_two().min(4),
+    };
+    let sizes = || {
+        meet::SizesLaunch::new(
+            lists as u32,
+            kv_heads as u32,
+            problem.group() as u32,
+            query_len as u32,
+            room as u32,
+            head_dim as u32,
+            value_dim as u32,
+        )
+    };
+    let element = problem.element.into();
+    // SAFETY: the checks before keep every index that shapes, strides and spans can form inside the buffers.
+    unsafe {
+        let (cubes, units) = grid(client, lists * room * rows.div_ceil(blueprint.rows));
+        score_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(query),
+            elements(key),
+            words(&summaries.spans),
+            elements(query_norms.view()),
+            elements(key_norms.view()),
+            elements(scores.view()),
+            strides(query.strides()),
+            strides(key.strides()),
+            sizes(),
+            blueprint,
+            element,
+            blueprint.rows,
+        );
+        let (cubes, units) = grid(client, lists * (value_dim / blueprint.width));
+        meet_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(query),
+            elements(value),
+            words(&summaries.spans),
+            elements(query_norms.view()),
+            elements(scores.view()),
+            elements(summaries.parts[0].view()),
+            elements(out.view()),
+            strides(query.strides()),
+            strides(value.strides()),
+            strides(out.strides()),
+            sizes(),
+            blueprint,
+            [element, out.element().into()],
+            [blueprint.width, blueprint.rows],
         );
     }
 }

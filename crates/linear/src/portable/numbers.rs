@@ -1,8 +1,12 @@
 //! What is passed to kernels beside buffers.
 
-use cubecl::prelude::*;
+use bifocal_core::device::{RoutedRows, Rows, launch::words};
+use cubecl::{prelude::*, server::Handle};
 
 use super::geometry::Geometry;
+
+/// The bit of a listed row that marks it as having no valid route.
+pub(super) const INVALID_ROW: u32 = 1 << 31;
 
 /// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -30,11 +34,13 @@ pub(crate) fn offset(strides: &Strides, batch: u32, head: u32, token: u32) -> us
 pub(super) struct Side {
     /// Rows of one token and kv head: its query heads, or 1 key.
     pub(super) group: u32,
-    /// Tokens that take part.
+    /// Tokens of the sequence that take part.
     pub(super) tokens: u32,
-    /// Tokens that there are.
+    /// Tokens that there are, of all sequences that are packed.
     pub(super) length: u32,
-    /// The index of the first token.
+    /// Which of these is the sequence's first.
+    pub(super) first: u32,
+    /// The index of the sequence's first token.
     pub(super) offset: i32,
     /// The chunk of that index, negative before the first.
     pub(super) first_chunk: i32,
@@ -57,13 +63,35 @@ pub(super) struct Numbers {
     pub(super) keys: u32,
     pub(super) head_dim: u32,
     pub(super) value_dim: u32,
+    /// The sequence's first state, among those that came in and those that are left.
+    pub(super) first_state: u32,
+    /// What rows without a valid route give.
+    pub(super) nan: f32,
+}
+
+/// Which queries take part, where a dispatch plan says so: the rows of one reach, list by list.
+#[derive(CubeType, CubeLaunch)]
+pub(super) struct Lists {
+    pub(super) rows: Box<[u32]>,
+    pub(super) counts: Box<[u32]>,
+    pub(super) reach: u32,
+}
+
+/// The lists of `rows`; any `buffer` where all take part.
+pub(super) fn lists(rows: Rows<'_>, buffer: &Handle) -> ListsLaunch {
+    let (rows, counts, reach) = match rows {
+        Rows::All => (buffer, buffer, 0),
+        Rows::Routed(RoutedRows { rows, list_counts, reach, .. }) => (rows, list_counts, reach),
+    };
+    ListsLaunch::new(words(rows), words(counts), reach)
 }
 
 pub(super) fn queries(geometry: &Geometry) -> SideLaunch {
     SideLaunch::new(
         geometry.group as u32,
         geometry.query_len as u32,
-        geometry.query_len as u32,
+        geometry.place.queries as u32,
+        geometry.place.first_query as u32,
         geometry.offset as i32,
         geometry.first_chunk as i32,
         geometry.segments as u32,
@@ -71,7 +99,8 @@ pub(super) fn queries(geometry: &Geometry) -> SideLaunch {
 }
 
 pub(super) fn keys(geometry: &Geometry) -> SideLaunch {
-    SideLaunch::new(1, geometry.keys as u32, geometry.key_len as u32, 0, 0, geometry.chunks as u32)
+    let Geometry { place, keys, chunks, .. } = *geometry;
+    SideLaunch::new(1, keys as u32, place.keys as u32, place.first_key as u32, 0, 0, chunks as u32)
 }
 
 pub(super) fn numbers(geometry: &Geometry) -> NumbersLaunch {
@@ -83,5 +112,7 @@ pub(super) fn numbers(geometry: &Geometry) -> NumbersLaunch {
         geometry.keys as u32,
         geometry.head_dim as u32,
         geometry.value_dim as u32,
+        geometry.place.first_state as u32,
+        f32::NAN,
     )
 }

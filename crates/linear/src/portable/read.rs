@@ -10,7 +10,7 @@ use cubecl::prelude::*;
 use super::{
     features::{Features, features, features_at, features_of, norms_of},
     geometry::Blueprint,
-    numbers::{Numbers, Side, Strides},
+    numbers::{Lists, Numbers, Side, Strides},
     rows::{
         Meetings, Tile, carry_of, decays_at, entries_of, gather, meetings_of, offsets_of, slot_of, tile_of,
     },
@@ -166,17 +166,19 @@ pub(super) fn read_kernel<E: Float, Y: Float, O: Float, R: Size>(
     out_strides: Strides,
     side: Side,
     others: Side,
+    lists: &Lists,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
     #[define(E, Y, O)] _elements: [ElemType; 3],
     #[define(R)] _lanes: usize,
 ) {
     let lanes = comptime![blueprint.lanes];
-    let slot = slot_of(&side, &numbers, lanes);
+    let own = comptime![blueprint.lists_own()];
+    let slot = slot_of(&side, lists, &numbers, lanes, own);
     if slot.count == 0u32 {
         terminate!();
     }
-    let tile = tile_of::<R>(slot.list, slot.first, slot.count, &side, &numbers, lanes);
+    let tile = tile_of::<R>(slot.list, slot.first, slot.count, &side, lists, &numbers, lanes, own);
     let mine = features_of::<E, R>(
         x,
         offsets_of::<R>(&tile, &x_strides, lanes),
@@ -195,11 +197,12 @@ pub(super) fn read_kernel<E: Float, Y: Float, O: Float, R: Size>(
     let base = ((slot.list * numbers.chunks + chunk) * size) as usize;
     read_state::<E, R>(&mut sums, &mine, x, states, base, carry, &numbers, blueprint);
 
-    let entries = entries_of::<R>(&tile, slot.chunk, &others, &numbers, blueprint);
+    let entries = entries_of::<R>(&tile, slot.list, slot.chunk, &others, lists, &numbers, blueprint);
+    let listed = comptime![blueprint.lists_others()];
     let mut at = entries.begin;
     while at < entries.end {
         let count = min(entries.end - at, comptime![lanes as u32]);
-        let block = tile_of::<R>(slot.list, at, count, &others, &numbers, lanes);
+        let block = tile_of::<R>(slot.list, at, count, &others, lists, &numbers, lanes, listed);
         let weights = meet::<E, R>(
             &mine,
             x,
@@ -239,11 +242,14 @@ pub(super) fn read_kernel<E: Float, Y: Float, O: Float, R: Size>(
         for lane in 0..lanes {
             if comptime![lane as u32] < slot.count {
                 let to = offsets[lane] + dv;
+                let mut value = across.extract(lane);
                 if comptime![blueprint.of_keys] {
-                    out[to] = O::cast_from(f32::cast_from(out[to]) + across.extract(lane));
-                } else {
-                    out[to] = O::cast_from(across.extract(lane));
+                    value += f32::cast_from(out[to]);
                 }
+                if comptime![own] {
+                    value = select(tile.invalid.extract(lane) == 1i32, numbers.nan, value);
+                }
+                out[to] = O::cast_from(value);
             }
         }
     }

@@ -7,11 +7,14 @@ use cubecl::prelude::*;
 
 use super::{
     geometry::Blueprint,
-    numbers::{Numbers, Side, Strides, offset},
+    numbers::{INVALID_ROW, Lists, Numbers, Side, Strides, offset},
 };
 
-/// Where a unit's rows are: packed rows `first..first + count` of a kv head (`token * group + head`), whose indices all lie
-/// in one chunk. Without any the unit has nothing to do.
+/// Where a unit's rows are: entries `first..first + count` of a kv head, whose indices all lie in one chunk. Without any the
+/// unit has nothing to do.
+///
+/// Entries are the packed rows of the kv head (`token * group + head`), or where a dispatch plan lists those that take part,
+/// the places in its list; both ascend by row.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Slot {
@@ -25,16 +28,24 @@ pub(super) struct Slot {
 
 /// The slot of a unit. Every chunk has as many units as its rows can need, so that none spans two chunks.
 #[cube]
-pub(super) fn slot_of(side: &Side, numbers: &Numbers, #[comptime] lanes: usize) -> Slot {
+pub(super) fn slot_of(
+    side: &Side,
+    lists: &Lists,
+    numbers: &Numbers,
+    #[comptime] lanes: usize,
+    #[comptime] listed: bool,
+) -> Slot {
     let lanes = comptime![lanes as u32];
     let tiles = (numbers.chunk * side.group).div_ceil(lanes);
     let unit = ABSOLUTE_POS as u32;
     let list = unit / tiles / side.segments;
     let chunk = side.first_chunk + (unit / tiles % side.segments) as i32;
-    let first = token_of(side, chunk * numbers.chunk as i32) * side.group + unit % tiles * lanes;
-    let end = token_of(side, (chunk + 1) * numbers.chunk as i32) * side.group;
+    let mut first = 0u32;
     let mut count = 0u32;
     if list < numbers.lists {
+        first = entry_of(list, chunk * numbers.chunk as i32, side, lists, numbers, listed);
+        first += unit % tiles * lanes;
+        let end = entry_of(list, (chunk + 1) * numbers.chunk as i32, side, lists, numbers, listed);
         if first < end {
             count = min(end - first, lanes);
         }
@@ -42,10 +53,51 @@ pub(super) fn slot_of(side: &Side, numbers: &Numbers, #[comptime] lanes: usize) 
     Slot { list, chunk, first, count }
 }
 
-/// The first token whose index is at least `index`; one past the last where there is none.
+/// The first entry of the sequence whose index is at least `index`; one past its last where there is none.
 #[cube]
-pub(super) fn token_of(side: &Side, index: i32) -> u32 {
-    min(max(index - side.offset, 0i32), side.tokens as i32) as u32
+pub(super) fn entry_of(
+    list: u32,
+    index: i32,
+    side: &Side,
+    lists: &Lists,
+    numbers: &Numbers,
+    #[comptime] listed: bool,
+) -> u32 {
+    let token = min(max(index - side.offset, 0i32), side.tokens as i32) as u32;
+    let row = (side.first + token) * side.group;
+    let mut entry = row;
+    if comptime![listed] {
+        let mut low = 0u32;
+        let mut high = lists.counts[(lists.reach * numbers.lists + list) as usize];
+        while low < high {
+            let middle = (low + high) / 2u32;
+            if row_of(list, middle, side, lists, numbers, true) % INVALID_ROW < row {
+                low = middle + 1u32;
+            } else {
+                high = middle;
+            }
+        }
+        entry = low;
+    }
+    entry
+}
+
+/// The packed row of an entry, with its mark.
+#[cube]
+pub(super) fn row_of(
+    list: u32,
+    entry: u32,
+    side: &Side,
+    lists: &Lists,
+    numbers: &Numbers,
+    #[comptime] listed: bool,
+) -> u32 {
+    let mut row = entry;
+    if comptime![listed] {
+        let start = (lists.reach * numbers.lists + list) * side.length * side.group;
+        row = lists.rows[(start + entry) as usize];
+    }
+    row
 }
 
 /// Rows, one per lane; lanes that are left repeat the last one.
@@ -57,20 +109,24 @@ pub(super) struct Tile<R: Size> {
     /// The number of each row in its tensor.
     pub(super) rows: Array<usize>,
     pub(super) indices: Vector<i32, R>,
+    /// 1 for rows without a valid route; where they are listed.
+    pub(super) invalid: Vector<i32, R>,
     /// The smallest and the largest index.
     pub(super) lowest: i32,
     pub(super) highest: i32,
 }
 
-/// The packed rows `first..first + count` of a kv head.
+/// The entries `first..first + count` of a kv head.
 #[cube]
 pub(super) fn tile_of<R: Size>(
     list: u32,
     first: u32,
     count: u32,
     side: &Side,
+    lists: &Lists,
     numbers: &Numbers,
     #[comptime] lanes: usize,
+    #[comptime] listed: bool,
 ) -> Tile<R> {
     let batch = list / numbers.kv_heads;
     let kv_head = list % numbers.kv_heads;
@@ -78,19 +134,31 @@ pub(super) fn tile_of<R: Size>(
     let mut heads = Array::<u32>::new(lanes);
     let mut rows = Array::<usize>::new(lanes);
     let mut indices = Vector::<i32, R>::new(0i32);
+    let mut invalid = Vector::<i32, R>::new(0i32);
     #[unroll]
     for lane in 0..lanes {
-        let row = first + min(comptime![lane as u32], count - 1);
+        let entry = first + min(comptime![lane as u32], count - 1);
+        let marked = row_of(list, entry, side, lists, numbers, listed);
+        let row = if comptime![listed] { marked % INVALID_ROW } else { marked };
+        if comptime![listed] {
+            invalid.insert(lane, (marked / INVALID_ROW) as i32);
+        }
         let token = row / side.group;
         let head = row % side.group;
         tokens[lane] = token;
         heads[lane] = kv_head * side.group + head;
         rows[lane] = ((list * side.group + head) * side.length + token) as usize;
-        indices.insert(lane, token as i32 + side.offset);
+        indices.insert(lane, index_of(token, side));
     }
     let lowest = indices.extract(0usize);
     let highest = indices.extract(comptime![lanes - 1]);
-    Tile::<R> { batch, tokens, heads, rows, indices, lowest, highest }
+    Tile::<R> { batch, tokens, heads, rows, indices, invalid, lowest, highest }
+}
+
+/// The index of a token.
+#[cube]
+pub(super) fn index_of(token: u32, side: &Side) -> i32 {
+    (token - side.first) as i32 + side.offset
 }
 
 /// Where each row of a tile begins in a tensor.
@@ -124,7 +192,7 @@ pub(super) fn gather<E: Float, R: Size>(
     across
 }
 
-/// The packed rows `begin..end` of the other kind that some row of a tile meets within their chunk.
+/// The entries `begin..end` of the other kind that some row of a tile meets within their chunk.
 #[derive(CubeType, Clone, Copy)]
 #[expand(derive(Clone, Copy))]
 pub(super) struct Entries {
@@ -135,8 +203,10 @@ pub(super) struct Entries {
 #[cube]
 pub(super) fn entries_of<R: Size>(
     tile: &Tile<R>,
+    list: u32,
     chunk: i32,
     others: &Side,
+    lists: &Lists,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) -> Entries {
@@ -147,7 +217,11 @@ pub(super) fn entries_of<R: Size>(
         begin = tile.lowest;
         end = (chunk + 1) * keys;
     }
-    Entries { begin: token_of(others, begin) * others.group, end: token_of(others, end) * others.group }
+    let listed = comptime![blueprint.lists_others()];
+    Entries {
+        begin: entry_of(list, begin, others, lists, numbers, listed),
+        end: entry_of(list, end, others, lists, numbers, listed),
+    }
 }
 
 /// Which lanes of a tile meet each of a block's rows: 1 where they do. Arrays of bools are not the same on all runtimes.

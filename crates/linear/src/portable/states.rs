@@ -8,8 +8,8 @@ use cubecl::prelude::*;
 use super::{
     features::{Norms, features},
     geometry::Blueprint,
-    numbers::{Numbers, Side, Strides, offset},
-    rows::{decay_of_chunk, token_of},
+    numbers::{INVALID_ROW, Lists, Numbers, Side, Strides, offset},
+    rows::{decay_of_chunk, entry_of, index_of, row_of},
 };
 
 /// `sum_j w_j phi(x_j)^T y_j` over the rows of every chunk: of keys, each decayed to the end of its chunk, or of queries,
@@ -27,6 +27,7 @@ pub(super) fn sum_kernel<E: Float, Y: Float, R: Size>(
     x_strides: Strides,
     y_strides: Strides,
     side: Side,
+    lists: &Lists,
     numbers: Numbers,
     early: u32,
     #[comptime] blueprint: Blueprint,
@@ -65,17 +66,19 @@ pub(super) fn sum_kernel<E: Float, Y: Float, R: Size>(
     if comptime![blueprint.decays] {
         all = decay_of_chunk(list, chunk, decays, &numbers);
     }
-    let mut begin = token_of(&side, (chunk * numbers.chunk) as i32) * side.group;
+    let listed = comptime![blueprint.lists_own()];
+    let mut begin = entry_of(list, (chunk * numbers.chunk) as i32, &side, lists, &numbers, listed);
     if early == 1u32 {
         if chunk == 0u32 {
-            begin = 0u32;
+            begin = entry_of(list, side.offset, &side, lists, &numbers, listed);
         }
     }
-    let end = token_of(&side, ((chunk + 1) * numbers.chunk) as i32) * side.group;
+    let end = entry_of(list, ((chunk + 1) * numbers.chunk) as i32, &side, lists, &numbers, listed);
     for entry in begin..end {
-        let token = entry / side.group;
-        let head = kv_head * side.group + entry % side.group;
-        let row = ((list * side.group + entry % side.group) * side.length + token) as usize;
+        let packed = row_of(list, entry, &side, lists, &numbers, listed) % INVALID_ROW;
+        let token = packed / side.group;
+        let head = kv_head * side.group + packed % side.group;
+        let row = ((list * side.group + packed % side.group) * side.length + token) as usize;
         let from = offset(&x_strides, batch, head, token);
         let mut across = Vector::<f32, R>::new(0.0f32);
         #[unroll]
@@ -86,7 +89,7 @@ pub(super) fn sum_kernel<E: Float, Y: Float, R: Size>(
         let found = features::<R>(across, &norms_of_all, blueprint.map);
         let mut weight = Vector::<f32, R>::new(1.0f32);
         if comptime![blueprint.decays] {
-            let index = token as i32 + side.offset;
+            let index = index_of(token, &side);
             let sum = decays[(list * numbers.keys + max(index, 0i32) as u32) as usize];
             let sum = select(index < 0i32, 0.0f32, sum);
             let decay = if comptime![blueprint.of_keys] { all - sum } else { sum };
@@ -165,10 +168,10 @@ pub(super) fn scan_kernel<N: Size>(
     if list >= numbers.lists {
         terminate!();
     }
-    let of_list = (list * columns + column) as usize;
+    let outside = ((numbers.first_state + list) * columns + column) as usize;
     let mut state = Vector::<f32, N>::new(0.0f32);
     if comptime![scan.starts] {
-        state = start[of_list];
+        state = start[outside];
     }
     for step in 0..numbers.chunks {
         let mut chunk = step;
@@ -183,12 +186,18 @@ pub(super) fn scan_kernel<N: Size>(
         }
         state += sum;
     }
-    end[of_list] = state;
+    end[outside] = state;
 }
 
 /// Sums up decays from the start of each chunk on: one unit, one chunk of a kv head.
 #[cube(launch_unchecked)]
-pub(super) fn decays_kernel(log_decay: &[f32], decays: &mut [f32], strides: Strides, numbers: Numbers) {
+pub(super) fn decays_kernel(
+    log_decay: &[f32],
+    decays: &mut [f32],
+    strides: Strides,
+    side: Side,
+    numbers: Numbers,
+) {
     let list = ABSOLUTE_POS as u32 / numbers.chunks;
     let chunk = ABSOLUTE_POS as u32 % numbers.chunks;
     if list >= numbers.lists {
@@ -196,7 +205,8 @@ pub(super) fn decays_kernel(log_decay: &[f32], decays: &mut [f32], strides: Stri
     }
     let mut sum = 0.0f32;
     for key in chunk * numbers.chunk..min((chunk + 1) * numbers.chunk, numbers.keys) {
-        sum += log_decay[offset(&strides, list / numbers.kv_heads, list % numbers.kv_heads, key)];
+        let token = side.first + key;
+        sum += log_decay[offset(&strides, list / numbers.kv_heads, list % numbers.kv_heads, token)];
         decays[(list * numbers.keys + key) as usize] = sum;
     }
 }

@@ -14,7 +14,7 @@ use cubecl::prelude::*;
 use super::{
     features::{Features, features, features_at, features_of, norms_of},
     geometry::Blueprint,
-    numbers::{Numbers, Side, Strides},
+    numbers::{Lists, Numbers, Side, Strides},
     read::weigh,
     rows::{
         Meetings, Tile, carry_of, decays_at, entries_of, gather, meetings_of, offsets_of, slot_of, tile_of,
@@ -236,6 +236,7 @@ pub(super) fn turn_kernel<E: Float, Y: Float, Z: Float, R: Size>(
     other_y_strides: Strides,
     side: Side,
     others: Side,
+    lists: &Lists,
     numbers: Numbers,
     #[comptime] blueprint: Blueprint,
     #[define(E, Y, Z)] _elements: [ElemType; 3],
@@ -243,11 +244,12 @@ pub(super) fn turn_kernel<E: Float, Y: Float, Z: Float, R: Size>(
 ) {
     let lanes = comptime![blueprint.lanes];
     let halves = comptime![blueprint.map.halves()];
-    let slot = slot_of(&side, &numbers, lanes);
+    let own = comptime![blueprint.lists_own()];
+    let slot = slot_of(&side, lists, &numbers, lanes, own);
     if slot.count == 0u32 {
         terminate!();
     }
-    let tile = tile_of::<R>(slot.list, slot.first, slot.count, &side, &numbers, lanes);
+    let tile = tile_of::<R>(slot.list, slot.first, slot.count, &side, lists, &numbers, lanes, own);
     let mine = features_of::<E, R>(
         x,
         offsets_of::<R>(&tile, &x_strides, lanes),
@@ -299,11 +301,12 @@ pub(super) fn turn_kernel<E: Float, Y: Float, Z: Float, R: Size>(
         blueprint,
     );
 
-    let entries = entries_of::<R>(&tile, slot.chunk, &others, &numbers, blueprint);
+    let entries = entries_of::<R>(&tile, slot.list, slot.chunk, &others, lists, &numbers, blueprint);
+    let listed = comptime![blueprint.lists_others()];
     let mut at = entries.begin;
     while at < entries.end {
         let count = min(entries.end - at, comptime![lanes as u32]);
-        let block = tile_of::<R>(slot.list, at, count, &others, &numbers, lanes);
+        let block = tile_of::<R>(slot.list, at, count, &others, lists, &numbers, lanes, listed);
         let offsets = offsets_of::<R>(&block, &other_y_strides, lanes);
         let mut weights = Array::<Vector<f32, R>>::new(lanes);
         #[unroll]

@@ -1,9 +1,9 @@
-use bifocal::{RandomRouter, Window};
+use bifocal::{RandomRouter, Reach, Window};
 use bifocal_burn::{
-    AhaAttention, AhaAttentionConfig, AttentionOptions, AttentionOutput, CausalAttention,
-    CausalAttentionConfig, L2aAttention, L2aAttentionConfig, MultiWindowAttention,
-    MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig, RattentionAttention,
-    RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
+    AhaAttention, AhaAttentionConfig, AhaLinearAttention, AhaLinearAttentionConfig, AttentionOptions,
+    AttentionOutput, CausalAttention, CausalAttentionConfig, L2aAttention, L2aAttentionConfig, LayerCache,
+    MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig,
+    RattentionAttention, RattentionAttentionConfig, RopeConfig, Routing, aha_attention,
 };
 use burn::{
     module::Module,
@@ -31,6 +31,8 @@ pub enum Attention {
     Qada(QadaAttention),
     /// A window, and linear attention to what has left it.
     Rattention(RattentionAttention),
+    /// A window, and linear attention to what has left it for some, by a learned gate.
+    AhaLinear(AhaLinearAttention),
     /// Window or full, at random.
     RandomGate(RandomGate),
     /// From outside this crate.
@@ -39,7 +41,7 @@ pub enum Attention {
 
 impl Attention {
     /// The projections and positions that queries, keys and values of all its branches share. L2A, whose sub-layers each have
-    /// their own, and RATTENTION, whose far branch knows no positions, have none.
+    /// their own, and those whose far branch is linear and knows no positions have none.
     pub fn projections(&self) -> Option<(&Projections, Option<&RotaryEncoding>)> {
         Some(match self {
             Self::Causal(causal) => (&causal.projections, causal.rope.as_ref()),
@@ -48,8 +50,36 @@ impl Attention {
             Self::Qada(qada) => (&qada.projections, qada.rope.as_ref()),
             Self::RandomGate(gate) => (&gate.projections, gate.rope.as_ref()),
             Self::Custom(custom) => (&custom.projections, custom.rope.as_ref()),
-            Self::L2a(_) | Self::Rattention(_) => return None,
+            Self::L2a(_) | Self::Rattention(_) | Self::AhaLinear(_) => return None,
         })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// [`Error::Setting`] for attention from outside this crate and AHA over a linear branch, which have no cache; [`Error::Attention`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        Ok(match self {
+            Self::Causal(causal) => causal.cache(batch, capacity)?,
+            Self::Aha(aha) => aha.cache(batch, capacity)?,
+            Self::MultiWindow(multi) => multi.cache(batch, capacity)?,
+            Self::L2a(l2a) => l2a.cache(batch, capacity)?,
+            Self::Qada(qada) => qada.cache(batch, capacity)?,
+            Self::Rattention(rattention) => rattention.cache(batch, capacity)?,
+            Self::RandomGate(gate) => gate.cache(batch, capacity)?,
+            Self::AhaLinear(_) => return Err(uncached("aha-linear")),
+            Self::Custom(_) => return Err(uncached("custom")),
+        })
+    }
+
+    /// Positions of queries and keys.
+    pub(super) fn rope(&self) -> Option<&RotaryEncoding> {
+        match self {
+            Self::L2a(l2a) => l2a.rope.as_ref(),
+            Self::Rattention(rattention) => rattention.rope.as_ref(),
+            Self::AhaLinear(aha) => aha.rope.as_ref(),
+            other => other.projections()?.1,
+        }
     }
 
     pub(super) fn new(kind: &AttentionKind, model: &ModelConfig, device: &Device) -> Result<Self> {
@@ -81,9 +111,21 @@ impl Attention {
                 let config = L2aAttentionConfig::new(d_model, heads, *window);
                 Self::L2a(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
             }
+            AttentionKind::L2aLocal { window } => {
+                let config = CausalAttentionConfig::new(d_model, heads).with_window(Some(*window));
+                let config = config.with_n_kv_heads(kv_heads).with_rope(rope).with_qk_norm(true);
+                Self::Causal(config.init(device)?)
+            }
             AttentionKind::Rattention { window } => {
                 let config = RattentionAttentionConfig::new(d_model, heads, *window);
                 Self::Rattention(config.with_n_kv_heads(kv_heads).with_rope(rope).init(device)?)
+            }
+            AttentionKind::AhaLinear { window } => {
+                let config = AhaLinearAttentionConfig::new(d_model, heads, *window)
+                    .with_n_kv_heads(kv_heads)
+                    .with_rope(rope)
+                    .with_router_bias_init(router_bias);
+                Self::AhaLinear(config.init(device)?)
             }
             AttentionKind::Qada { window, tau, sinks } => {
                 let config =
@@ -122,28 +164,73 @@ impl RandomGate {
     /// Attends within hidden states `[B, T, M]`; the same `seed` draws the same routes.
     ///
     /// # Errors
-    /// As [`aha_attention`].
+    /// As [`Projections::check`] and [`aha_attention`].
     pub fn forward(&self, hidden: Tensor<3>, seed: u32) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        self.projections.check(0, &hidden, rope)?;
+        let routing = self.route(0, &hidden, seed)?;
+        let [query, key, value] = self.projections.project(hidden, rope);
+        let window = Window::aha(self.window)?;
+        let out = aha_attention(query, key, value, &routing, window, &AttentionOptions::default())?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        Ok(LayerCache::new(&self.projections, &self.reaches()?, batch, capacity)?)
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache: the same `seed` draws for each
+    /// position what the forward pass draws.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(
+        &self,
+        hidden: Tensor<3>,
+        seed: u32,
+        cache: &mut LayerCache,
+    ) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let routing = self.route(start, &hidden, seed)?;
+        let qkv = self.projections.project_from(start, hidden, rope);
+        let out = cache.attend(&self.reaches()?, qkv, Some(&routing), &AttentionOptions::default())?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// Routes for hidden states whose first token is at position `start`.
+    fn route(&self, start: usize, hidden: &Tensor<3>, seed: u32) -> Result<Routing> {
         let [batch, tokens, _] = hidden.dims();
         let heads = self.projections.n_heads;
         let router = RandomRouter::gate(heads, self.far_share, seed)?;
         let rows = (batch * heads) as u32;
         let routes: Vec<i32> = (0..rows)
-            .flat_map(|row| (0..tokens as u32).map(move |token| (row, token)))
+            .flat_map(|row| (start..start + tokens).map(move |token| (row, token as u32)))
             .map(|(row, token)| i32::from(router.route_of(row, token)))
             .collect();
         let routes = TensorData::new(routes, [batch, heads, tokens]);
         let device = hidden.device().inner();
-        let routing = Routing::from_routes(Tensor::<3, Int>::from_data(routes, (&device, DType::I32)), 2)?;
-        let [query, key, value] = self.projections.project(hidden, self.rope.as_ref());
-        let window = Window::aha(self.window)?;
-        let out = aha_attention(query, key, value, &routing, window, &AttentionOptions::default())?;
-        Ok(AttentionOutput { output: self.projections.output(out), routing })
+        let routes = Tensor::<3, Int>::from_data(routes, (&device, DType::I32));
+        Ok(Routing::from_routes(routes, 2)?)
+    }
+
+    fn reaches(&self) -> Result<[Option<Reach>; 2]> {
+        Ok([Some(Reach::Window(Window::aha(self.window)?)), Some(Reach::All)])
     }
 }
 
-/// What a router decided, read back: which token-heads look far.
-pub(crate) fn far(routing: &Routing) -> Result<Vec<bool>> {
+/// Why a kind of attention has no cache.
+pub(super) fn uncached(kind: &'static str) -> Error {
+    let expected = "a kind that says what it needs of earlier tokens";
+    Error::setting("the attention of a cache", kind, expected)
+}
+
+/// What a router decided, read back: the routes of all token-heads, each of them one of the routing's reaches.
+pub(crate) fn routes(routing: &Routing) -> Result<Vec<u8>> {
     let routes = routing.to_host()?;
     let [batch, heads, tokens] = routing.shape();
     let invalid = routes.iter().filter(|&&route| usize::from(route) >= routing.reaches()).count();
@@ -151,5 +238,5 @@ pub(crate) fn far(routing: &Routing) -> Result<Vec<bool>> {
         let error = bifocal::Error::InvalidScores { count: invalid, total: batch * heads * tokens };
         return Err(Error::Attention(error));
     }
-    Ok(routes.into_iter().map(|route| usize::from(route) + 1 == routing.reaches()).collect())
+    Ok(routes)
 }

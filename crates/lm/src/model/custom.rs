@@ -68,9 +68,11 @@ impl CustomLayer {
     /// Attends within hidden states `[B, T, M]`.
     ///
     /// # Errors
-    /// As [`CustomAttention::attend`].
+    /// As [`Projections::check`] and [`CustomAttention::attend`].
     pub fn forward(&self, hidden: Tensor<3>) -> Result<(Tensor<3>, Option<Routing>)> {
-        let qkv = self.projections.project(hidden.clone(), self.rope.as_ref());
+        let rope = self.rope.as_ref();
+        self.projections.check(0, &hidden, rope)?;
+        let qkv = self.projections.project(hidden.clone(), rope);
         let (out, routing) = self.attention.attend(hidden, qkv)?;
         Ok((self.projections.output(out), routing))
     }

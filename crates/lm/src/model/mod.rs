@@ -5,12 +5,12 @@ mod custom;
 mod path;
 mod start;
 
-pub(crate) use attention::far;
+pub(crate) use attention::routes;
 pub use attention::{Attention, RandomGate};
 pub use custom::{CustomAttention, CustomLayer, register};
 pub(crate) use path::Path;
 
-use bifocal_burn::{Routing, Training};
+use bifocal_burn::{L2aAttentionConfig, LayerCache, Routing, Training};
 use burn::{
     module::Module,
     nn::{Embedding, EmbeddingConfig, Linear, LinearConfig, RmsNorm, RmsNormConfig},
@@ -18,7 +18,7 @@ use burn::{
 };
 
 use crate::{
-    AttentionKind, ModelConfig, Result, VOCABULARY,
+    AttentionKind, Error, ModelConfig, Result, VOCABULARY,
     draws::{Draws, Purpose},
 };
 
@@ -33,6 +33,29 @@ pub struct Decoder {
     pub layers: Vec<Layer>,
     /// Before the output.
     pub norm: RmsNorm,
+}
+
+/// What a decoder remembers of a batch of sequences.
+#[derive(Debug)]
+pub struct DecoderCache {
+    layers: Vec<LayerCache>,
+}
+
+impl DecoderCache {
+    /// By layer.
+    pub fn layers(&self) -> &[LayerCache] {
+        &self.layers
+    }
+
+    /// Tokens of each sequence so far.
+    pub fn tokens(&self) -> usize {
+        self.layers.first().map_or(0, LayerCache::tokens)
+    }
+
+    /// Bytes of device memory for keys, values and states of all layers.
+    pub fn bytes(&self) -> usize {
+        self.layers.iter().map(LayerCache::bytes).sum()
+    }
 }
 
 /// One layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`.
@@ -102,11 +125,55 @@ impl Decoder {
             hidden = layer.mix_channels(attended);
             routings.push(routing);
         }
+        Ok(Forward { logits: self.logits(hidden), routings })
+    }
+
+    /// An empty cache of `capacity` tokens for each of `batch` sequences.
+    ///
+    /// # Errors
+    /// As [`Attention::cache`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<DecoderCache> {
+        let cache = |layer: &Layer| layer.attention.cache(batch, capacity);
+        Ok(DecoderCache { layers: self.layers.iter().map(cache).collect::<Result<_>>()? })
+    }
+
+    /// What comes after each of the next `tokens` `[B, T]` of the sequences of a cache: what [`forward`](Self::forward) says of
+    /// them at the end of all tokens so far. The same `pass` in every call makes it the same pass.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward) and [`LayerCache::check`].
+    pub fn forward_cached(
+        &self,
+        tokens: Tensor<2, Int>,
+        cache: &mut DecoderCache,
+        pass: Pass,
+    ) -> Result<Forward> {
+        if cache.layers.len() != self.layers.len() {
+            let expected = self.layers.len().to_string();
+            return Err(Error::setting("layers of the cache", cache.layers.len(), expected));
+        }
+        let mut hidden = self.embedding.forward(tokens);
+        let mut routings = Vec::new();
+        for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
+            let (attended, routing) = layer.attend_cached(hidden, index, pass, cache)?;
+            hidden = layer.mix_channels(attended);
+            routings.push(routing);
+        }
+        Ok(Forward { logits: self.logits(hidden), routings })
+    }
+
+    /// Tokens that the model sees at once.
+    pub fn context(&self) -> usize {
+        let tabulated = |layer: &Layer| Some(layer.attention.rope()?.freq_complex.dims()[0]);
+        self.layers.iter().filter_map(tabulated).min().unwrap_or(usize::MAX)
+    }
+
+    /// Of the last layer's hidden states.
+    fn logits(&self, hidden: Tensor<3>) -> Tensor<3> {
         let [batch, length, channels] = hidden.dims();
         let rows = self.norm.forward(hidden).reshape([batch * length, channels]);
         let logits = rows.matmul(self.embedding.weight.val().transpose());
-        let logits = logits.cast(DType::F32).reshape([batch, length, VOCABULARY]);
-        Ok(Forward { logits, routings })
+        logits.cast(DType::F32).reshape([batch, length, VOCABULARY])
     }
 
     /// The device that the weights are on, with autodiff or without.
@@ -119,6 +186,7 @@ impl Decoder {
         match &mut self.layers[layer].attention {
             Attention::Aha(aha) => aha.threshold = threshold as f32,
             Attention::L2a(l2a) => l2a.threshold = threshold as f32,
+            Attention::AhaLinear(aha) => aha.threshold = threshold as f32,
             _ => {}
         }
     }
@@ -128,11 +196,18 @@ impl Layer {
     fn new(kind: &AttentionKind, config: &ModelConfig, device: &Device) -> Result<Self> {
         let &ModelConfig { d_model, feed_forward, .. } = config;
         let linear = |from, to| LinearConfig::new(from, to).with_bias(false).init(device);
-        let attention = Attention::new(kind, config, device)?;
-        let brings_norms = matches!(attention, Attention::L2a(_));
+        let attention_norm = match kind {
+            // Attention brings its norms along.
+            AttentionKind::L2a { .. } => None,
+            AttentionKind::L2aLocal { window } => {
+                let l2a = L2aAttentionConfig::new(d_model, config.heads, *window);
+                Some(RmsNormConfig::new(d_model).with_epsilon(l2a.norm_epsilon).init(device))
+            }
+            _ => Some(norm(config, device)),
+        };
         Ok(Self {
-            attention_norm: (!brings_norms).then(|| norm(config, device)),
-            attention,
+            attention_norm,
+            attention: Attention::new(kind, config, device)?,
             feed_forward_norm: norm(config, device),
             gate: linear(d_model, feed_forward),
             up: linear(d_model, feed_forward),
@@ -150,22 +225,51 @@ impl Layer {
         index: usize,
         pass: Pass,
     ) -> Result<(Tensor<3>, Option<Routing>)> {
-        let draw = |purpose| Draws::new(pass.seed, purpose, &[index as u64]);
         let normed = self.normed(hidden.clone());
         let (output, routing) = match &self.attention {
             Attention::Causal(causal) => (causal.forward(normed)?, None),
             Attention::Rattention(rattention) => (rattention.forward(normed)?, None),
             Attention::Aha(aha) => split(aha.forward(normed)?),
+            Attention::AhaLinear(aha) => split(aha.forward(normed)?),
             Attention::MultiWindow(multi) => split(multi.forward(normed)?),
             Attention::Qada(qada) => split(qada.forward(normed)?),
             Attention::Custom(custom) => custom.forward(normed)?,
-            Attention::RandomGate(gate) => split(gate.forward(normed, draw(Purpose::Gates).bits() as u32)?),
+            Attention::RandomGate(gate) => split(gate.forward(normed, gate_seed(pass, index))?),
             // Residuals are inside.
             Attention::L2a(l2a) => {
-                let dense = draw(Purpose::Leaks).unit() < pass.leak;
+                let dense = draws(pass, Purpose::Leaks, index).unit() < pass.leak;
                 let training = if dense { Training::Exact } else { Training::Sparse };
                 return Ok(split(l2a.forward_with(normed, training)?));
             }
+        };
+        Ok((hidden + output, routing))
+    }
+
+    /// [`attend`](Self::attend) of the next tokens of the sequences of a cache.
+    ///
+    /// # Errors
+    /// As [`Decoder::forward_cached`].
+    pub fn attend_cached(
+        &self,
+        hidden: Tensor<3>,
+        index: usize,
+        pass: Pass,
+        cache: &mut LayerCache,
+    ) -> Result<(Tensor<3>, Option<Routing>)> {
+        let normed = self.normed(hidden.clone());
+        let (output, routing) = match &self.attention {
+            Attention::Causal(causal) => (causal.forward_cached(normed, cache)?, None),
+            Attention::Rattention(rattention) => (rattention.forward_cached(normed, cache)?, None),
+            Attention::Aha(aha) => split(aha.forward_cached(normed, cache)?),
+            Attention::MultiWindow(multi) => split(multi.forward_cached(normed, cache)?),
+            Attention::Qada(qada) => split(qada.forward_cached(normed, cache)?),
+            Attention::RandomGate(gate) => {
+                split(gate.forward_cached(normed, gate_seed(pass, index), cache)?)
+            }
+            Attention::AhaLinear(_) => return Err(attention::uncached("aha-linear")),
+            Attention::Custom(_) => return Err(attention::uncached("custom")),
+            // Residuals are inside.
+            Attention::L2a(l2a) => return Ok(split(l2a.forward_cached(normed, cache)?)),
         };
         Ok((hidden + output, routing))
     }
@@ -183,6 +287,16 @@ impl Layer {
         let x = self.feed_forward_norm.forward(hidden.clone());
         hidden + self.down.forward(silu(self.gate.forward(x.clone())) * self.up.forward(x))
     }
+}
+
+/// What a layer draws in a pass.
+fn draws(pass: Pass, purpose: Purpose, index: usize) -> Draws {
+    Draws::new(pass.seed, purpose, &[index as u64])
+}
+
+/// Where a layer's random gates are drawn from.
+fn gate_seed(pass: Pass, index: usize) -> u32 {
+    draws(pass, Purpose::Gates, index).bits() as u32
 }
 
 fn split(forward: bifocal_burn::AttentionOutput) -> (Tensor<3>, Option<Routing>) {

@@ -28,15 +28,20 @@ impl<F: Float> RattentionLayer<F> {
     /// # Panics
     /// When shapes do not fit.
     pub fn forward(&self, hidden: &Array<F, 3>) -> Array<F, 3> {
+        let [near, far] = self.branches(hidden);
+        let scales = [&self.near_scale, &self.far_scale];
+        self.projections.output(&norm_sum([&near, &far], scales, self.epsilon))
+    }
+
+    /// The outputs `[B, H, T, Dv]` of the near and of the far branch.
+    pub(super) fn branches(&self, hidden: &Array<F, 3>) -> [Array<F, 4>; 2] {
         let projections = &self.projections;
         let near = projections.attend(hidden, &[Reach::Window(self.window)]).remove(0).out;
         let query = split_heads(hidden, &projections.wq, projections.heads);
         let key = split_heads(hidden, &projections.wk, projections.kv_heads);
         let value = split_heads(hidden, &projections.wv, projections.kv_heads);
         let options = LinearOptions { map: self.map, ..LinearOptions::new(self.window) };
-        let far = linear_attention(&query, &key, &value, &options).out;
-        let scales = [&self.near_scale, &self.far_scale];
-        projections.output(&norm_sum([&near, &far], scales, self.epsilon))
+        [near, linear_attention(&query, &key, &value, &options).out]
     }
 }
 

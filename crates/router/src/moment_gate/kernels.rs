@@ -3,7 +3,7 @@
 // In a kernel `%` is one instruction; comptime conditions cannot be joined to others.
 #![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
 
-use bifocal_core::device::INVALID_ROUTE;
+use bifocal_core::device::{INVALID_ROUTE, SPAN};
 use cubecl::prelude::*;
 
 use crate::{
@@ -11,12 +11,22 @@ use crate::{
     moments::Covariance,
 };
 
+/// Where moments come from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Source {
+    /// They are those of each row's own bulk: of its whole chunks, and of the keys that are left one by one.
+    Bulk,
+    /// They are given, for all rows alike.
+    Given,
+    /// They are in a cache, but for those of the last keys of each bulk.
+    Summaries,
+}
+
 /// The compile-time key of the prediction.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Blueprint {
     pub(super) covariance: Covariance,
-    /// Whether moments are those of each row's own bulk: of its whole chunks, and of the keys that are left one by one.
-    pub(super) streaming: bool,
+    pub(super) source: Source,
     pub(super) head_dim: usize,
     /// Rows per unit, one per lane of a vector.
     pub(super) lanes: usize,
@@ -44,6 +54,8 @@ pub(super) struct Numbers {
     /// Lists that moments are given for, and their number of keys.
     pub(super) given_lists: u32,
     pub(super) given_keys: f32,
+    /// Rows of a scatter.
+    pub(super) scatter_rows: u32,
     pub(super) scale: f32,
     pub(super) neg_inf: f32,
 }
@@ -87,7 +99,8 @@ fn gather<E: Float, R: Size>(
     values * Vector::new(scale)
 }
 
-/// `q^T S q` of every row, with the scatter S that begins at `scatter`: all of it, or its diagonal.
+/// `q^T S q` of every row, with the scatter S that begins at `scatter`: all of it, its diagonal, or that of what a low rank
+/// leaves and then the rows that are its factor.
 #[cube]
 fn quadratic<E: Float, R: Size>(
     queries: &Queries<R>,
@@ -127,6 +140,16 @@ fn quadratic<E: Float, R: Size>(
         for d in 0..dim {
             let q = channel::<E, R>(queries, query, d, numbers.scale, blueprint);
             total = fma(q * q, Vector::new(scatters[scatter + d]), total);
+        }
+    }
+    if comptime![matches!(blueprint.covariance, Covariance::LowRank { .. })] {
+        for row in 1usize..numbers.scatter_rows as usize {
+            let mut along = Vector::<f32, R>::new(0.0f32);
+            for d in 0..dim {
+                let q = channel::<E, R>(queries, query, d, numbers.scale, blueprint);
+                along = fma(q, Vector::new(scatters[scatter + row * dim + d]), along);
+            }
+            total = fma(along, along, total);
         }
     }
     total
@@ -233,6 +256,7 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
     key: &[E],
     means: &[f32],
     scatters: &[f32],
+    spans: &[u32],
     predicted: &mut [f32],
     query_strides: Strides,
     key_strides: Strides,
@@ -251,6 +275,14 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
     let first_row = (ABSOLUTE_POS as u32 % tiles) * comptime![lanes as u32];
     let batch = list / numbers.kv_heads;
     let kv_head = list % numbers.kv_heads;
+    // Keys in the bulk of token 0; in a cache, and of those how many are summed up.
+    let mut of_first = numbers.bulk;
+    let mut summed_up = 0u32;
+    if comptime![blueprint.source == Source::Summaries] {
+        let span = batch as usize * comptime![SPAN];
+        summed_up = spans[span + 1];
+        of_first = (summed_up + spans[span + 2]) as i32 - (numbers.query_len as i32 - 1i32);
+    }
     let mut rows = Array::<u32>::new(lanes);
     let mut queries = Queries::<R> {
         offsets: Array::new(lanes),
@@ -266,7 +298,7 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
         let head = kv_head * numbers.group + row % numbers.group;
         rows[lane] = (batch * numbers.kv_heads * numbers.group + head) * numbers.query_len + token;
         queries.offsets[lane] = offset(&query_strides, batch, head, token);
-        let keys = max(token as i32 + numbers.bulk, 0i32);
+        let keys = max(token as i32 + of_first, 0i32);
         bulk.insert(lane, keys);
         counts.insert(lane, f32::cast_from(max(keys, 1i32)));
     }
@@ -283,9 +315,12 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
     let dim = numbers.head_dim;
     let mut slot = (list % numbers.given_lists) * numbers.slots;
     let mut chunks = 0u32;
-    if comptime![blueprint.streaming] {
+    if comptime![blueprint.source == Source::Bulk] {
         chunks = least / numbers.chunk;
         slot += chunks;
+    }
+    if comptime![blueprint.source == Source::Summaries] {
+        slot = spans[batch as usize * comptime![SPAN]] * numbers.kv_heads + kv_head;
     }
     let mean = (slot * dim) as usize;
     let mut mean_score = Vector::<f32, R>::new(0.0f32);
@@ -297,19 +332,31 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
     let mut squares = Vector::<f32, R>::new(0.0f32);
     let mut summed = counts;
     let mut remembers = chunks > 0u32;
-    if comptime![!blueprint.streaming] {
+    if comptime![blueprint.source == Source::Given] {
         remembers = true;
+    }
+    if comptime![blueprint.source == Source::Summaries] {
+        remembers = summed_up > 0u32;
     }
     if remembers {
         let rows = comptime![blueprint.covariance.rows(blueprint.head_dim) as u32];
         let scatter = (slot * rows * dim) as usize;
         squares = quadratic::<E, R>(&queries, query, scatters, scatter, &numbers, blueprint);
     }
-    if comptime![!blueprint.streaming] {
+    if comptime![blueprint.source == Source::Given] {
         summed = Vector::new(numbers.given_keys);
     } else {
         let keys = offset(&key_strides, batch, kv_head, 0u32);
-        let limits = bulk + Vector::new(numbers.sinks as i32);
+        // The keys of a cache that are not summed up begin at row 0.
+        let mut first = numbers.sinks + chunks * numbers.chunk;
+        let mut end = numbers.sinks + most;
+        let mut before = numbers.sinks as i32;
+        if comptime![blueprint.source == Source::Summaries] {
+            first = 0u32;
+            end = max(most, summed_up) - summed_up;
+            before = 0i32 - summed_up as i32;
+        }
+        let limits = bulk + Vector::new(before);
         let left = left_over::<E, R>(
             &queries,
             query,
@@ -318,8 +365,8 @@ pub(super) fn predict_kernel<E: Float, R: Size>(
             keys,
             key_strides.token as usize,
             mean,
-            numbers.sinks + chunks * numbers.chunk,
-            numbers.sinks + most,
+            first,
+            end,
             limits,
             counts,
             &numbers,

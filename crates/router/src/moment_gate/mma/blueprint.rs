@@ -10,7 +10,7 @@ const SUM_TOKENS: usize = 64;
 
 /// The compile-time key of the kernels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(super) struct Blueprint {
+pub(crate) struct Blueprint {
     pub(super) operand: Operand,
     pub(super) dim: usize,
     /// Keys of a step, and tokens whose queries it has.
@@ -39,7 +39,7 @@ impl Blueprint {
     }
 
     /// Keys per chunk of `keys`: as many cubes as run at once have one each.
-    pub(super) fn chunk(self, problem: &Problem, keys: usize, profile: &DeviceProfile) -> usize {
+    pub(crate) fn chunk(self, problem: &Problem, keys: usize, profile: &DeviceProfile) -> usize {
         let at_once = (profile.shared_memory / self.room_bytes()).clamp(1, 2);
         let lists = problem.batch * problem.kv_heads;
         let chunks = (at_once * profile.multiprocessors as usize / lists).max(1);

@@ -25,12 +25,12 @@ use self::{
 };
 use crate::{launch::strides, moments::Covariance};
 
-/// Whether this routine can predict for `problem` on a device with this profile; if not, why.
-pub(super) fn supports(
+/// What the kernels are compiled for; or why this routine cannot predict for `problem` on a device with this profile.
+pub(super) fn blueprint(
     problem: &Problem,
     covariance: Covariance,
     profile: &DeviceProfile,
-) -> Result<(), Refusal> {
+) -> Result<Blueprint, Refusal> {
     if profile.cuda_arch.is_none_or(|arch| arch < 80) || !profile.has_planes() {
         return Err(Refusal::Architecture { needs: "an NVIDIA GPU of compute capability 8.0 or above" });
     }
@@ -46,11 +46,8 @@ pub(super) fn supports(
     if !matches!(head_dim, 64 | 128) {
         return Err(Refusal::HeadDim { head_dim, supported: "64 or 128" });
     }
-    if Blueprint::new(problem, profile.shared_memory).is_none() {
-        let supported = "64 where a cube has less than 163 KiB of shared memory";
-        return Err(Refusal::HeadDim { head_dim, supported });
-    }
-    Ok(())
+    let supported = "64 where a cube has less than 163 KiB of shared memory";
+    Blueprint::new(problem, profile.shared_memory).ok_or(Refusal::HeadDim { head_dim, supported })
 }
 
 /// Whether memory is laid out as 16-byte accesses need it; if not, why.
@@ -67,10 +64,12 @@ pub(super) struct Bulks {
     /// Keys in that of the last token.
     pub(super) largest: usize,
     pub(super) sinks: usize,
+    /// Keys per chunk.
+    pub(super) chunk: usize,
 }
 
-/// Predicts by the moments of each row's own bulk; `None` where [`supports`] refuses. Everything has been checked:
-/// [`supports`], [`takes`], and what the gate checks.
+/// Predicts by the moments of each row's own bulk. Everything has been checked: [`blueprint()`], [`takes`], and what the gate
+/// checks.
 ///
 /// # Errors
 /// [`Error::TooLarge`].
@@ -78,16 +77,11 @@ pub(super) fn predict(
     client: &Client,
     problem: &Problem,
     inputs: &Inputs<'_>,
+    blueprint: Blueprint,
     bulks: Bulks,
-    chunk: Option<usize>,
-) -> Result<Option<Tensor<4>>> {
-    let profile = DeviceProfile::of(client);
-    let Some(blueprint) = Blueprint::new(problem, profile.shared_memory) else {
-        return Ok(None);
-    };
+) -> Result<Tensor<4>> {
     let Problem { batch, heads, kv_heads, query_len, .. } = *problem;
-    let (lists, keys) = (batch * kv_heads, bulks.largest);
-    let chunk = chunk.unwrap_or_else(|| blueprint.chunk(problem, keys, &profile)).min(problem.key_len);
+    let (lists, keys, chunk) = (batch * kv_heads, bulks.largest, bulks.chunk);
     let chunks = keys.div_ceil(chunk).max(1);
     let offset = bulks.first - 1;
     let first_chunk = offset.div_euclid(chunk as i64);
@@ -164,5 +158,5 @@ pub(super) fn predict(
             element.into(),
         );
     }
-    Ok(Some(predicted))
+    Ok(predicted)
 }

@@ -67,12 +67,14 @@ pub(crate) fn pack<WS: Size, WP: Size>(
 }
 
 /// Adds one of a thread's two rows of sums of a block, together with the three threads that hold the rest of it, to the
-/// gradient at address `target`. Sums that are not finite are left out: 1 for those, to be computed again.
+/// gradient at address `target`, or stores it where that is unset. Sums that are not finite are left out: 1 for those, to be
+/// computed again.
 #[cube]
 pub(crate) fn add_row<WO: Size>(
     sums: &Vector<f32, WO>,
     target: u64,
     factor: f32,
+    unset: u32,
     written: bool,
     #[comptime] block: usize,
     #[comptime] half: usize,
@@ -92,10 +94,16 @@ pub(crate) fn add_row<WO: Size>(
         // All loads before the first store, which they would otherwise wait for.
         let mut before = Array::<f32>::new(comptime![2 * eights]);
         #[unroll]
-        for eight in 0..eights {
-            let pair = ptx::load_pair(at + comptime![eight as u64 * 32]);
-            before[comptime![eight * 2]] = pair.extract(0usize);
-            before[comptime![eight * 2 + 1]] = pair.extract(1usize);
+        for one in 0..comptime![2 * eights] {
+            before[one] = 0.0f32;
+        }
+        if unset == 0u32 {
+            #[unroll]
+            for eight in 0..eights {
+                let pair = ptx::load_pair(at + comptime![eight as u64 * 32]);
+                before[comptime![eight * 2]] = pair.extract(0usize);
+                before[comptime![eight * 2 + 1]] = pair.extract(1usize);
+            }
         }
         #[unroll]
         for eight in 0..eights {
@@ -106,6 +114,33 @@ pub(crate) fn add_row<WO: Size>(
         }
     }
     select(written && !finite, 1u32, 0u32)
+}
+
+/// Adds to one element of a gradient, or stores it where that is unset.
+#[cube]
+pub(crate) fn add_one(gradient: &mut [f32], at: usize, sum: f32, unset: u32) {
+    gradient[at] = select(unset == 0u32, gradient[at], 0.0f32) + sum;
+}
+
+/// Stores zeros as the gradients of a cube's keys and values, which no row sees.
+#[cube]
+pub(crate) fn clear_keys(
+    key_gradient: &mut [f32],
+    value_gradient: &mut [f32],
+    list_index: u32,
+    start: u32,
+    key_len: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    let dim = comptime![blueprint.shape.dim as u32];
+    let keys = min(comptime![blueprint.shape.rows as u32], key_len - start);
+    let first = (list_index * key_len + start) * dim;
+    let mut at = UNIT_POS;
+    while at < keys * dim {
+        key_gradient[(first + at) as usize] = 0.0f32;
+        value_gradient[(first + at) as usize] = 0.0f32;
+        at += CUBE_DIM;
+    }
 }
 
 /// What a pair of a row and a key weighs, and the gradient of its score before scaling.

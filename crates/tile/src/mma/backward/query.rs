@@ -10,7 +10,7 @@
 
 use cubecl::prelude::*;
 
-use super::parts::{add_row, exponent_of, key_start, pack, pair_of, row_of_id};
+use super::parts::{add_one, add_row, exponent_of, key_start, pack, pair_of, row_of_id};
 use crate::{
     arguments::BackwardTensors,
     mma::{
@@ -51,6 +51,7 @@ pub(crate) fn redo<E: Float>(
     keys: &Keys,
     numbers: &Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let parts = comptime![blueprint.shape.dim / 32];
@@ -85,7 +86,8 @@ pub(crate) fn redo<E: Float>(
     let target = row.index * comptime![blueprint.shape.dim as u32] + lane;
     #[unroll]
     for part in 0..parts {
-        gradient[(target + comptime![part as u32 * 32]) as usize] += sums[part] * scale;
+        let at = (target + comptime![part as u32 * 32]) as usize;
+        add_one(gradient, at, sums[part] * scale, unset);
     }
 }
 
@@ -101,6 +103,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     gradient: &mut [f32],
     numbers: Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
     #[define(WS, WP, WO)] _sizes: [usize; 3],
@@ -226,7 +229,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
             let written = at < item.rows;
             let to = target + row.index as u64 * comptime![shape.dim as u64 * 4];
-            odd[half] = add_row::<WO>(&sums, to, scale, written, block, half, blueprint);
+            odd[half] = add_row::<WO>(&sums, to, scale, unset, written, block, half, blueprint);
         }
         if plane_any(odd[0] + odd[1] > 0u32) {
             for r in 0..16u32 {
@@ -240,6 +243,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                         &keys,
                         &numbers,
                         scale,
+                        unset,
                         blueprint,
                     );
                 }

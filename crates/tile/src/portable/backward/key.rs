@@ -8,7 +8,7 @@ use cubecl::prelude::*;
 
 use super::{
     Blueprint,
-    parts::{Tile, accumulate, as_numbers, flush, products, sums_at, tile_of, weigh},
+    parts::{Tile, accumulate, as_numbers, clear_lanes, flush, products, sums_at, tile_of, weigh},
 };
 use crate::{
     arguments::BackwardTensors,
@@ -174,6 +174,7 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
     key_gradient: &mut [f32],
     value_gradient: &mut [f32],
     numbers: Numbers,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
     #[define(R)] _lanes: usize,
@@ -220,6 +221,11 @@ pub(super) fn key_kernel<E: Float, O: Float, R: Size>(
         value_offsets[lane] = offset(&tensors.layout.value, batch, head, token);
         key_sums[lane] = ((kv_head * key_len + token) * numbers.head_dim) as usize;
         value_sums[lane] = ((kv_head * key_len + token) * numbers.value_dim) as usize;
+    }
+    // The sums are added to memory below, all at once or block by block.
+    if unset != 0u32 {
+        clear_lanes(key_gradient, &key_sums, &written, numbers.head_dim, blueprint);
+        clear_lanes(value_gradient, &value_sums, &written, numbers.value_dim, blueprint);
     }
     let mut keys = Keys::<R> {
         batch,

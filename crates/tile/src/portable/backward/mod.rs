@@ -12,7 +12,7 @@ mod query;
 use bifocal_core::{
     DeviceProfile, Problem,
     device::{
-        Gradients, Inputs, Saved,
+        Before, Gradients, Inputs, Saved,
         launch::{elements, grid, words},
     },
 };
@@ -87,6 +87,7 @@ pub(crate) fn launch(
             work.bounds(),
             elements(gradients.query.view()),
             numbers(problem, work, lanes),
+            u32::from(gradients.query_before == Before::Anything),
             blueprint,
             types,
             blueprint.lanes,
@@ -103,6 +104,7 @@ pub(crate) fn launch(
             elements(gradients.key.view()),
             elements(gradients.value.view()),
             numbers(problem, work, lanes),
+            u32::from(gradients.key_before == Before::Anything),
             blueprint,
             types,
             blueprint.lanes,

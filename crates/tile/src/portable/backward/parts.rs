@@ -180,6 +180,25 @@ fn add_block<E: Float, R: Size>(
     }
 }
 
+/// Stores zeros as the gradients of the lanes that have one.
+#[cube]
+pub(super) fn clear_lanes(
+    gradient: &mut [f32],
+    offsets: &Array<usize>,
+    written: &Array<bool>,
+    dims: u32,
+    #[comptime] blueprint: Blueprint,
+) {
+    for d in 0..dims as usize {
+        #[unroll]
+        for lane in 0..blueprint.lanes {
+            if written[lane] {
+                gradient[offsets[lane] + d] = 0.0f32;
+            }
+        }
+    }
+}
+
 /// Adds what was summed in private memory to the gradients.
 #[cube]
 pub(super) fn flush<R: Size>(

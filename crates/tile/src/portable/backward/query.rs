@@ -4,7 +4,7 @@ use cubecl::prelude::*;
 
 use super::{
     Blueprint,
-    parts::{Tile, accumulate, as_numbers, flush, products, sums_at, tile_of, weigh},
+    parts::{Tile, accumulate, as_numbers, clear_lanes, flush, products, sums_at, tile_of, weigh},
 };
 use crate::{
     arguments::BackwardTensors,
@@ -107,6 +107,7 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
     sequences: &[u32],
     gradient: &mut [f32],
     numbers: Numbers,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E, O)] _elements: [ElemType; 2],
     #[define(R)] _lanes: usize,
@@ -120,6 +121,7 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
     let mut query_offsets = Array::<usize>::new(lanes);
     let mut d_out_offsets = Array::<usize>::new(lanes);
     let mut gradient_offsets = Array::<usize>::new(lanes);
+    let mut present = Array::<bool>::new(lanes);
     let mut written = Array::<bool>::new(lanes);
     let mut lses = Vector::<f32, R>::new(0.0f32);
     let mut deltas = Vector::<f32, R>::new(0.0f32);
@@ -134,9 +136,14 @@ pub(super) fn query_kernel<E: Float, O: Float, R: Size>(
         let of_row = select(mine.invalid[lane], numbers.nan, tensors.lse[row as usize]);
         // Asked as an equality: not in every shader language does NaN differ from a number.
         let count = select(of_row == numbers.neg_inf, 0u32, slot.count);
+        present[lane] = comptime![lane as u32] < slot.count;
         written[lane] = comptime![lane as u32] < count;
         lses.insert(lane, of_row);
         deltas.insert(lane, tensors.delta[row as usize]);
+    }
+    // Sums are added to memory below, all at once or block by block.
+    if unset != 0u32 {
+        clear_lanes(gradient, &gradient_offsets, &present, numbers.head_dim, blueprint);
     }
     let mut mine = Rows::<R> {
         query: tile_of::<E, R>(

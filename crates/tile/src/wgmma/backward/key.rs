@@ -18,7 +18,7 @@ use crate::{
     arguments::BackwardTensors,
     mma::backward::{
         key::redo_key,
-        parts::{add_row, pack},
+        parts::{add_row, clear_keys, pack},
     },
     rows::{List, all_see, entries_that_see, sees},
     tensor_core::{
@@ -78,6 +78,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     value_gradient: &mut [f32],
     numbers: Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
     #[define(WS, WP, WO)] _sizes: [usize; 3],
@@ -161,6 +162,9 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     );
     if entries.begin >= entries.end {
         ptx::wait_parity(resident, 0u32);
+        if unset != 0u32 {
+            clear_keys(key_gradient, value_gradient, list_index, start, key_len, blueprint);
+        }
         terminate!();
     }
     let steps = ptx::uniform((entries.end - entries.begin).div_ceil(comptime![shape.keys as u32]));
@@ -263,10 +267,18 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         for half in 0..2usize {
             let at = offset + comptime![half as u64 * 8 * shape.dim as u64 * 4];
             let written = upper + comptime![half as u32 * 8] < key_len;
-            odd[half] =
-                add_row::<WO>(&value_sums, value_target + at, 1.0f32, written, 0usize, half, blueprint);
+            odd[half] = add_row::<WO>(
+                &value_sums,
+                value_target + at,
+                1.0f32,
+                unset,
+                written,
+                0usize,
+                half,
+                blueprint,
+            );
             odd[half + 2] =
-                add_row::<WO>(&key_sums, key_target + at, scale, written, 0usize, half, blueprint);
+                add_row::<WO>(&key_sums, key_target + at, scale, unset, written, 0usize, half, blueprint);
         }
         if plane_any(odd[0] + odd[1] + odd[2] + odd[3] > 0u32) {
             for r in 0..32u32 {
@@ -288,6 +300,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                         value_gradient,
                         &numbers,
                         scale,
+                        unset,
                         blueprint,
                     );
                 }

@@ -12,7 +12,7 @@ mod source;
 use bifocal_core::{
     DeviceProfile, Problem, Refusal,
     device::{
-        Gradients, Inputs, Saved,
+        Before, Gradients, Inputs, Saved,
         launch::{elements, words},
     },
 };
@@ -109,6 +109,7 @@ pub(crate) fn launch(
             elements(gradients.value.view()),
             numbers(problem, work),
             problem.scale,
+            u32::from(gradients.key_before == Before::Anything),
             key,
             element,
             sizes(key),
@@ -127,6 +128,7 @@ pub(crate) fn launch(
             elements(gradients.query.view()),
             numbers(problem, work),
             problem.scale,
+            u32::from(gradients.query_before == Before::Anything),
             query,
             element,
             sizes(query),

@@ -113,6 +113,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     gradient: &mut [f32],
     numbers: Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
     #[define(WS, WP, WO)] _sizes: [usize; 3],
@@ -262,7 +263,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
             let id = row_ids[entry as usize];
             let row = row_of_id::<E>(id, batch, kv_head, tensors, &numbers);
             let to = target + row.index as u64 * comptime![shape.dim as u64 * 4];
-            odd[half] = add_row::<WO>(&sums, to, scale, entry < item.rows, 0usize, half, blueprint);
+            odd[half] = add_row::<WO>(&sums, to, scale, unset, entry < item.rows, 0usize, half, blueprint);
         }
         if plane_any(odd[0] + odd[1] > 0u32) {
             for r in 0..16u32 {
@@ -276,6 +277,7 @@ pub(crate) fn query_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                         &keys,
                         &numbers,
                         scale,
+                        unset,
                         blueprint,
                     );
                 }

@@ -29,7 +29,7 @@ pub(crate) use self::redo::redo_key;
 use self::step::{
     DELTAS, EXPONENTS, FIRSTS, POSITIONS, Warp, copy_step, hide, note, pairs_noted, slopes, weigh,
 };
-use super::parts::{add_row, exponent_of, pack, row_of_id};
+use super::parts::{add_row, clear_keys, exponent_of, pack, row_of_id};
 use crate::{
     arguments::BackwardTensors,
     mma::{
@@ -65,6 +65,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     value_gradient: &mut [f32],
     numbers: Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
     #[define(E)] _element: ElemType,
     #[define(WS, WP, WO)] _sizes: [usize; 3],
@@ -127,6 +128,9 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
     );
     if entries.begin >= entries.end {
         ptx::copies_wait_all();
+        if unset != 0u32 {
+            clear_keys(key_gradient, value_gradient, list_index, start, key_len, blueprint);
+        }
         terminate!();
     }
     let entries_left = entries.end - entries.begin;
@@ -251,9 +255,10 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
         let row_bytes = comptime![shape.dim as u64 * 4];
         let upper_at = target + (list_index * key_len + upper) as u64 * row_bytes;
         let lower_at = upper_at + comptime![8 * shape.dim as u64 * 4];
-        let upper_odd = add_row::<WO>(&sums, upper_at, factor, upper < key_len, block, 0usize, blueprint);
+        let upper_odd =
+            add_row::<WO>(&sums, upper_at, factor, unset, upper < key_len, block, 0usize, blueprint);
         let written = upper + 8u32 < key_len;
-        let lower_odd = add_row::<WO>(&sums, lower_at, factor, written, block, 1usize, blueprint);
+        let lower_odd = add_row::<WO>(&sums, lower_at, factor, unset, written, block, 1usize, blueprint);
         if plane_any(upper_odd + lower_odd > 0u32) {
             for r in 0..16u32 {
                 let odd = plane_shuffle(select(r < 8u32, upper_odd, lower_odd), (r % 8u32) * 4u32);
@@ -271,6 +276,7 @@ pub(crate) fn key_kernel<E: Float, WS: Size, WP: Size, WO: Size>(
                         value_gradient,
                         &numbers,
                         scale,
+                        unset,
                         blueprint,
                     );
                 }

@@ -7,7 +7,7 @@ use cubecl::prelude::*;
 
 use crate::{
     arguments::BackwardTensors,
-    mma::backward::parts::{exponent_of, key_start, pair_of, row_of_id},
+    mma::backward::parts::{add_one, exponent_of, key_start, pair_of, row_of_id},
     rows::{Entries, List, bounds_of_row, row_of, sees},
     tensor_core::{Blueprint, Numbers},
 };
@@ -27,6 +27,7 @@ pub(crate) fn redo_key<E: Float>(
     value_gradient: &mut [f32],
     numbers: &Numbers,
     scale: f32,
+    unset: u32,
     #[comptime] blueprint: Blueprint,
 ) {
     let sight = comptime![blueprint.sight()];
@@ -73,9 +74,9 @@ pub(crate) fn redo_key<E: Float>(
     for part in 0..parts {
         let at = (target + comptime![part as u32 * 32]) as usize;
         if of_keys {
-            key_gradient[at] += sums[part] * scale;
+            add_one(key_gradient, at, sums[part] * scale, unset);
         } else {
-            value_gradient[at] += sums[part];
+            add_one(value_gradient, at, sums[part], unset);
         }
     }
 }

@@ -29,13 +29,26 @@
 //! # Ok::<(), bifocal::Error>(())
 //! ```
 
+mod qada;
+mod rattention;
+
 use bifocal_core::{Result, device::AttentionOperator};
 use cubecl::client::Client;
 
-pub use bifocal_decode::{
-    Batch, CacheView, DecodePlan, DecodeRoutine, KvCache, KvShape, Layout, MAX_QUERIES, PageTables, Reaches,
-    SequenceId, Snapshot, Step, supports,
+pub use self::{
+    qada::QadaDecoder,
+    rattention::{RattentionDecoder, RattentionQueries},
 };
+pub use bifocal_decode::{
+    Batch, CacheView, DecodePlan, DecodeRoutine, KvCache, KvShape, Layout, MAX_QUERIES, NewTokens,
+    PageTables, Reaches, SequenceId, Snapshot, Step, SummaryCache, SummarySnapshot, supports,
+};
+
+/// A cache with RATTENTION's states.
+pub type LinearCache = SummaryCache<crate::LinearAttention>;
+
+/// A cache with the moments of keys that QAdA decides by.
+pub type MomentCache = SummaryCache<crate::MomentGate>;
 
 /// What the branches of a system see, by route: [`Aha::branches`](crate::Aha::branches),
 /// [`MultiWindow::branches`](crate::MultiWindow::branches). L2A's global branch is `[None, Some(Reach::All)]`.

@@ -1,4 +1,6 @@
-//! Whole runs of a tiny decoder on Flex.
+//! Whole runs of a tiny decoder on Flex, and what it writes.
+
+mod generation;
 
 use std::{
     fs,
@@ -126,6 +128,7 @@ fn as_read(lines: &[Line]) -> Vec<Line> {
 #[case::multi_window(AttentionKind::MultiWindow { windows: vec![2, 6] })]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
 #[case::rattention(AttentionKind::Rattention { window: 4 })]
+#[case::aha_linear(AttentionKind::AhaLinear { window: 4 })]
 #[case::random_gate(AttentionKind::RandomGate { window: 4, far_share: 0.3 })]
 #[case::qada(AttentionKind::Qada { window: 4, tau: 0.6, sinks: 2 })]
 fn a_resumed_run_is_the_uninterrupted_one(#[case] kind: AttentionKind) {

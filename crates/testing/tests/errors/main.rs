@@ -1,14 +1,13 @@
 //! Bad input gives a typed error that names what was expected and found: never a panic, never a wrong number.
 
+mod decode;
+
 use bifocal::{
-    Aha, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full, Gradients,
-    HostMoments, Inputs, L2a, LinearAttention, LinearChoice, LinearGate, LinearInputs, Logo, MomentGate,
-    Moments, MultiWindow, NormSum, Partial, Plan, Problem, Reach, Refusal, RouteGeometry, Router, Routes,
-    Routine, Rows, Saved, Sequences, State, Tensor, Threshold, Window, Windowed, add_to_scores,
-    choice_gradient,
-    cubecl::client::Client,
-    decode::{DecodePlan, KvCache, KvShape, Layout, PageTables, Reaches, SequenceId, Step},
-    gate_gradient,
+    Aha, AhaLinear, AttentionOperator, Covariance, DeviceProfile, Element, Error, FixedRouter, Full,
+    Gradients, HostMoments, Inputs, L2a, LinearAttention, LinearChoice, LinearGate, LinearInputs, Logo,
+    MomentGate, Moments, MultiWindow, NormSum, Partial, Plan, Problem, RattentionInputs, Reach, Refusal,
+    RouteGeometry, Router, Routes, Routine, Rows, Saved, Sequences, State, Switch, Tensor, Threshold, Window,
+    Windowed, add_to_scores, choice_gradient, cubecl::client::Client, gate_gradient,
 };
 
 /// A device whose queue is empty when a test is done with it. A process that ends while a runtime still compiles or
@@ -552,11 +551,22 @@ fn linear_attention_of_what_it_cannot_do() {
     with_sinks.attention = inputs.attention.with_sink_logits(sinks.view());
     let error = linear().attend(&client, &problem, &with_sinks, &out).expect_err("sink logits");
     assert!(matches!(error, Error::Option { option: "sink logits of linear attention", .. }), "{error}");
-    let sequences = Sequences::from_host(&client, &[0, 8], &[0, 8]).expect("possible lengths");
+    let sequences = Sequences::from_host(&client, &[0, 7], &[0, 8]).expect("possible lengths");
     let mut packed = inputs;
     packed.attention = inputs.attention.with_sequences(&sequences);
-    let error = linear().attend(&client, &problem, &packed, &out).expect_err("packed sequences");
-    assert!(matches!(error, Error::Option { .. }), "{error}");
+    let error = linear().attend(&client, &problem, &packed, &out).expect_err("seven of eight queries");
+    assert!(matches!(error, Error::Shape { tensor: "the packed sequences", .. }), "{error}");
+    let sequences = Sequences::from_host(&client, &[0, 3, 8], &[0, 3, 8]).expect("possible lengths");
+    packed.attention = inputs.attention.with_sequences(&sequences);
+    let state = State::zeros(&client, linear().state_shape(&problem)).expect("room");
+    let error =
+        linear().attend(&client, &problem, &packed.with_state(&state), &out).expect_err("one state for two");
+    assert!(matches!(error, Error::Shape { tensor: "the state", .. }), "{error}");
+    let other = Problem::new([1, 2, 4, 32], [1, 2, 4, 32], Element::F32).expect("a possible problem");
+    let plan = bifocal::plan(&client, &other, &far_routes(&client, [1, 2, 4], 2)).expect("a plan");
+    let planned = inputs.with_rows(plan.far_rows().expect("two reaches"));
+    let error = linear().attend(&client, &problem, &planned, &out).expect_err("a plan of four tokens");
+    assert!(matches!(error, Error::Shape { tensor: "the dispatch plan", .. }), "{error}");
     let state = State::zeros(&client, linear().state_shape(&problem)).expect("room");
     let error = linear().step(&client, &problem, qkv.view(), None, &state, &out).expect_err("eight queries");
     assert!(matches!(error, Error::Option { option: "the query length of a step", .. }), "{error}");
@@ -603,192 +613,35 @@ fn norms_without_room_or_scale() {
     assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
 }
 
-/// A cache of two sequences of up to 12 tokens, in 5 pages of 4.
-fn small_cache(client: &Client) -> KvCache {
-    let layout = Layout::paged(2, 12, 4, 5).expect("a possible layout");
-    KvCache::new(client, kv_shape(), layout).expect("room for a small cache")
-}
-
-fn kv_shape() -> KvShape {
-    KvShape { kv_heads: 1, head_dim: 32, value_dim: 32, element: Element::F32 }
+/// Routes `[B, R, T]` that are all far.
+fn far_routes(client: &Client, [batch, heads, tokens]: [usize; 3], reaches: usize) -> Routes {
+    let geometry = RouteGeometry::new(batch, heads, tokens, reaches).expect("possible routes");
+    let far = vec![reaches as u8 - 1; geometry.len()];
+    Routes::from_host(client, geometry, &far).expect("room for routes")
 }
 
 #[test]
-fn caches_that_make_no_sense() {
+fn mixes_of_what_does_not_fit() {
     let client = cpu();
-    let layout = Layout::contiguous(1, 8).expect("a possible layout");
-    for shape in [KvShape { kv_heads: 0, ..kv_shape() }, KvShape { value_dim: 0, ..kv_shape() }] {
-        assert!(matches!(KvCache::new(&client, shape, layout), Err(Error::EmptyDimension { .. })));
-    }
-    let bytes = KvShape { element: Element::U8, ..kv_shape() };
-    assert!(matches!(KvCache::new(&client, bytes, layout), Err(Error::Element { .. })));
-    let huge = Layout::contiguous(1 << 10, 1 << 20).expect("a possible layout");
-    assert!(matches!(KvCache::new(&client, kv_shape(), huge), Err(Error::TooLarge { .. })));
-}
+    let qkv = tensor(&client, [1, 2, 8, 32]);
+    let inputs = Inputs::new(qkv.view(), qkv.view(), qkv.view());
+    let problem = inputs.problem().expect("a possible problem");
+    let window = Window::new(2).expect("a window");
+    let error = Switch::new(window).attend(&client, &problem, &inputs, &far_routes(&client, [1, 2, 8], 2));
+    assert!(matches!(error, Err(Error::Option { option: "router heads of a switch", .. })), "{error:?}");
 
-#[test]
-fn tokens_that_a_cache_does_not_take() {
-    let client = cpu();
-    let mut cache = small_cache(&client);
-    let first = cache.start(&client).expect("room for a sequence");
-    let second = cache.start(&client).expect("room for a sequence");
-    assert_eq!(cache.start(&client), Err(Error::CacheFull { what: "sequences", needed: 1, free: 0 }));
-    let numbers = tensor(&client, [2, 2, 9, 32]);
-    let mut append = |ids: &[SequenceId], shape: [usize; 4]| {
-        let [_, heads, tokens, dim] = shape;
-        let strides = [heads * tokens * dim, tokens * dim, dim, 1];
-        let tokens = numbers.view().reinterpret(shape, strides);
-        let error = cache.append(&client, ids, tokens, tokens);
-        (error, cache.free_pages(), cache.length(first).expect("a live sequence"))
-    };
-    let (done, free, length) = append(&[first], [1, 1, 9, 32]);
-    assert_eq!((done, free, length), (Ok(()), 2, 9));
-    let full = Error::CacheFull { what: "pages", needed: 3, free: 2 };
-    assert_eq!(append(&[second], [1, 1, 9, 32]), (Err(full), 2, 9));
-    let cases: [(&[SequenceId], [usize; 4], &str); 6] = [
-        (&[first], [1, 1, 4, 32], "13 tokens in a sequence of the cache, expected at most 12"),
-        (&[first], [1, 1, 0, 32], "tokens to append is 0, expected at least 1"),
-        (&[], [0, 1, 1, 32], "batch is 0, expected at least 1"),
-        (&[first], [1, 2, 1, 32], "key has shape [1, 2, 1, 32], expected [1, 1, 1, 32]"),
-        (&[first], [2, 1, 1, 32], "key has shape [2, 1, 1, 32], expected [1, 1, 1, 32]"),
-        (
-            &[first, first],
-            [2, 1, 1, 32],
-            "a batch to append to is one with a sequence twice, expected each once",
-        ),
-    ];
-    for (ids, shape, message) in cases {
-        let (error, free, length) = append(ids, shape);
-        assert_eq!(error.expect_err(message).to_string(), message);
-        assert_eq!((free, length), (2, 9));
-    }
-    let half = Tensor::filled(&client, [1, 1, 1, 32], Element::F16, 0.5).expect("f16 on the CPU");
-    let error = cache.append(&client, &[first], half.view(), half.view());
-    assert!(matches!(error, Err(Error::Element { tensor: "key", .. })), "{error:?}");
-}
+    let scale = Tensor::filled(&client, [2, 32], Element::F32, 1.0).expect("room");
+    let far = LinearInputs::new(qkv.view(), qkv.view(), qkv.view());
+    let both = RattentionInputs { near: inputs, far, near_scale: scale.view(), far_scale: scale.view() };
+    let three = bifocal::plan(&client, &problem, &far_routes(&client, [1, 2, 8], 3)).expect("a plan");
+    let out = tensor(&client, [1, 2, 8, 32]);
+    let error = AhaLinear::new(window).attend(&client, &problem, &both, &three, &out);
+    assert!(matches!(error, Err(Error::Option { option: "reaches of the routes", .. })), "{error:?}");
 
-#[test]
-fn sequences_of_another_cache_and_snapshots_of_another_shape() {
-    let client = cpu();
-    let (mut cache, mut other) = (small_cache(&client), small_cache(&client));
-    let sequence = cache.start(&client).expect("room for a sequence");
-    let token = tensor(&client, [1, 1, 3, 32]);
-    cache.append(&client, &[sequence], token.view(), token.view()).expect("room for three tokens");
-    let unknown = |error: Error| assert!(matches!(error, Error::UnknownSequence { .. }), "{error}");
-    unknown(other.length(sequence).expect_err("another cache"));
-    unknown(other.fork(&client, sequence).expect_err("another cache"));
-    unknown(other.truncate(&client, sequence, 0).expect_err("another cache"));
-    unknown(other.batch(&client, &[sequence]).expect_err("another cache"));
-
-    let snapshot = cache.save(&client, sequence).expect("three tokens to save");
-    assert!(other.restore(&client, &snapshot).is_ok());
-    let wide = KvShape { kv_heads: 2, ..kv_shape() };
-    let mut wide = KvCache::new(&client, wide, cache.layout()).expect("room for a small cache");
-    let error = wide.restore(&client, &snapshot).expect_err("another shape");
-    assert!(matches!(error, Error::Snapshot { .. }), "{error}");
-    assert_eq!((wide.free_pages(), wide.free_sequences()), (5, 2));
-
-    let batch = cache.batch(&client, &[sequence]).expect("a live sequence");
-    cache.free(sequence).expect("a live sequence");
-    unknown(cache.view(&batch).expect_err("a freed sequence"));
-    let anew = cache.start(&client).expect("a free slot");
-    let empty = cache.batch(&client, &[anew]).expect("a live sequence");
-    assert!(matches!(cache.view(&empty), Err(Error::EmptyDimension { dimension: "length of a sequence" })));
-    assert!(matches!(cache.gather(&client, anew), Err(Error::EmptyDimension { .. })));
-    unknown(cache.length(sequence).expect_err("a freed sequence whose slot is taken"));
-}
-
-#[test]
-fn page_tables_of_others_that_are_out_of_range() {
-    let client = cpu();
-    let tables = |tables: &[&[u32]], lengths: &[usize]| {
-        PageTables::from_host(&client, [5, 4, 12], tables, lengths).map(|_| ())
-    };
-    assert_eq!(tables(&[&[4, 0], &[3]], &[5, 4]), Ok(()));
-    let error = tables(&[&[4, 0], &[3, 5]], &[5, 6]).expect_err("page 5 of 5");
-    assert_eq!(error, Error::PageOutOfRange { sequence: 1, at: 1, found: 5, pages: 5 });
-    // What is beyond the length is not read.
-    assert_eq!(tables(&[&[4, 9]], &[4]), Ok(()));
-    assert!(matches!(tables(&[&[4]], &[5]), Err(Error::Shape { tensor: "a page table", .. })));
-    assert!(matches!(tables(&[&[4]], &[0]), Err(Error::EmptyDimension { .. })));
-    assert!(matches!(tables(&[&[0, 1, 2, 3]], &[13]), Err(Error::TooLarge { .. })));
-    assert!(matches!(tables(&[&[0], &[1]], &[1]), Err(Error::Shape { .. })));
-    assert!(matches!(tables(&[], &[]), Err(Error::EmptyDimension { .. })));
-}
-
-#[test]
-fn decode_steps_that_do_not_fit() {
-    let client = cpu();
-    let mut cache = small_cache(&client);
-    let sequence = cache.start(&client).expect("room for a sequence");
-    let tokens = tensor(&client, [1, 1, 9, 32]);
-    cache.append(&client, &[sequence], tokens.view(), tokens.view()).expect("room for nine tokens");
-    let batch = cache.batch(&client, &[sequence]).expect("a live sequence");
-    let view = cache.view(&batch).expect("a sequence with tokens");
-    let problem = view.problem([1, 2, 1, 32], Element::F32).expect("a possible problem");
-    assert!(matches!(view.problem([2, 2, 1, 32], Element::F32), Err(Error::Shape { tensor: "query", .. })));
-    let plan = DecodePlan::new(&client, &problem).expect("room for a step");
-    let partial = Partial::empty(&client, &problem, Element::F32);
-    let query = tensor(&client, [1, 2, 1, 32]);
-    let window = Window::new(4).expect("a window");
-    let reaches = Reaches::new(&client, &[Some(Reach::Window(window)), Some(Reach::All)]).expect("reaches");
-    let attend = |query: &Tensor<4>, geometry: [usize; 4]| {
-        let [batch, heads, tokens, choices] = geometry;
-        let geometry = RouteGeometry::new(batch, heads, tokens, choices).expect("a possible geometry");
-        let routes = Routes::from_host(&client, geometry, &vec![0; geometry.len()]).expect("good routes");
-        plan.attend(&client, &view, &Step::new(query.view(), &reaches).with_routes(&routes), &partial)
-    };
-    assert_eq!(attend(&query, [1, 2, 1, 2]), Ok(()));
-    for gates in [[2, 2, 1, 2], [1, 3, 1, 2], [1, 2, 2, 2]] {
-        let error = attend(&query, gates).expect_err("gates of another shape");
-        assert!(matches!(error, Error::Shape { tensor: "routes", .. }), "{error}");
-    }
-    assert!(matches!(attend(&query, [1, 2, 1, 3]), Err(Error::Option { .. })));
-    let other = tensor(&client, [1, 2, 2, 32]);
-    assert!(matches!(attend(&other, [1, 2, 1, 2]), Err(Error::Shape { tensor: "query", .. })));
-    // Two reaches and no routes to choose by.
-    let unrouted = plan.attend(&client, &view, &Step::new(query.view(), &reaches), &partial);
-    assert!(matches!(unrouted, Err(Error::Option { .. })), "{unrouted:?}");
-
-    let long = view.problem([1, 2, 17, 32], Element::F32).expect("a possible problem");
-    assert!(matches!(DecodePlan::new(&client, &long), Err(Error::Option { .. })));
-    assert!(matches!(DecodePlan::in_chunks(&client, &problem, 0), Err(Error::Option { .. })));
-    let by_mma = DecodePlan::new(&client, &problem.with_routine(Routine::Mma));
-    assert!(matches!(by_mma, Err(Error::Refused { operator: "decode", .. })), "{by_mma:?}");
-}
-
-#[test]
-fn what_a_ring_has_overwritten() {
-    let client = cpu();
-    let window = Window::new(4).expect("a window");
-    let layout = Layout::ring(1, window, 0, 4).expect("a possible layout");
-    let mut cache = KvCache::new(&client, kv_shape(), layout).expect("room for a small cache");
-    let sequence = cache.start(&client).expect("room for a sequence");
-    let tokens = tensor(&client, [1, 1, 9, 32]);
-    cache.append(&client, &[sequence], tokens.view(), tokens.view()).expect("a ring takes any number");
-    assert!(matches!(cache.gather(&client, sequence), Err(Error::Overwritten { .. })));
-    assert!(matches!(cache.truncate(&client, sequence, 7), Err(Error::Overwritten { needed: 4, first: 5 })));
-    let batch = cache.batch(&client, &[sequence]).expect("a live sequence");
-    let view = cache.view(&batch).expect("a sequence with tokens");
-    let query = tensor(&client, [1, 1, 1, 32]);
-    let attend = |reach: Reach| {
-        let problem = view.problem([1, 1, 1, 32], Element::F32)?;
-        let reaches = Reaches::one(&client, reach)?;
-        let partial = Partial::empty(&client, &problem, Element::F32);
-        DecodePlan::new(&client, &problem)?.attend(
-            &client,
-            &view,
-            &Step::new(query.view(), &reaches),
-            &partial,
-        )
-    };
-    assert_eq!(attend(Reach::Window(window)), Ok(()));
-    for reach in [
-        Reach::All,
-        Reach::Window(Window::new(5).expect("a window")),
-        Reach::SinksAndWindow { sinks: 1, window },
-        Reach::Far { sinks: 0, window },
-    ] {
-        assert!(matches!(attend(reach), Err(Error::Overwritten { .. })), "{reach}");
-    }
+    let logits = tensor(&client, [1, 2, 8, 2]);
+    let error = bifocal::gate_outputs(&client, &problem, logits.view(), qkv.view(), &out);
+    assert!(matches!(error, Err(Error::Shape { tensor: "the logits of output gates", .. })), "{error:?}");
+    let broadcast = Tensor::new(out.into_handle(), Element::F32, [1, 2, 8, 32], [512, 256, 0, 1]);
+    let error = bifocal::gate_outputs(&client, &problem, qkv.view(), qkv.view(), &broadcast);
+    assert!(matches!(error, Err(Error::Overlap { .. })), "{error:?}");
 }
