@@ -116,7 +116,9 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 fn default_cases(options: &Options, client: &Client) -> Result<Vec<CaseName>> {
     let far = Rattention::new(Window::new(options.window)?).far();
     let problem = options.shape.problem(options.shape.lengths.first().copied().unwrap_or(1))?;
-    let runs = far.choose(&problem, &DeviceProfile::of(client)).is_ok();
+    let profile = DeviceProfile::of(client);
+    let back = |routine| !options.backward || far.supports_backward(routine, &problem, &profile).is_ok();
+    let runs = far.choose(&problem, &profile).is_ok() && problem.routine.is_none_or(back);
     // Nor is what moments do not know.
     let capped = options.shape.softcap.is_some();
     let fits = |case: &CaseName| (*case != CaseName::Rattention || runs) && !(capped && case.knows_moments());

@@ -1,6 +1,6 @@
 use core::fmt;
 
-use crate::Element;
+use crate::{Element, FeatureMap};
 
 /// One way to run an operator. Later routines join the list; callers that match on it need a wildcard.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -65,6 +65,15 @@ pub enum Refusal {
     },
     /// The routine has no kernel for capped scores.
     Softcap,
+    /// The routine has no kernel for a state that decays.
+    Decay,
+    /// The routine has no kernel for this feature map.
+    FeatureMap {
+        /// The map.
+        map: FeatureMap,
+    },
+    /// The routine has no kernel for some of the rows: it computes them all.
+    RoutedRows,
     /// The softmax scale is not positive.
     Scale {
         /// The scale.
@@ -97,6 +106,9 @@ impl fmt::Display for Refusal {
             }
             Refusal::Architecture { needs } => write!(f, "it needs {needs}"),
             Refusal::Softcap => f.write_str("it has no kernel for capped scores"),
+            Refusal::Decay => f.write_str("it has no kernel for a state that decays"),
+            Refusal::FeatureMap { map } => write!(f, "it has no kernel for the feature map {map}"),
+            Refusal::RoutedRows => f.write_str("it has no kernel for the rows of a dispatch plan"),
             Refusal::Scale { scale } => write!(f, "softmax scale {scale} is not positive"),
             Refusal::Layout { tensor, layout } => write!(f, "{tensor} has {layout}"),
             Refusal::NotAsked => f.write_str("another routine was asked for"),

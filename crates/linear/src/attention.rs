@@ -5,7 +5,7 @@ use bifocal_core::{
 use cubecl::client::Client;
 
 use crate::{
-    LeavingKey, LinearInputs, State,
+    LeavingKey, LinearInputs, State, mma,
     portable::{
         self, AllNorms, Call,
         geometry::{Geometry, LONGEST_CHUNK},
@@ -85,8 +85,7 @@ impl LinearAttention {
         [problem.batch, problem.kv_heads, features, problem.value_dim]
     }
 
-    /// Whether `routine` can run `problem` on a device with this profile, forward, backward and step by step; if not, why.
-    /// Needs no device.
+    /// Whether `routine` can run the forward pass of `problem` on a device with this profile; if not, why. Needs no device.
     ///
     /// # Errors
     /// The [`Refusal`] says why not.
@@ -100,24 +99,70 @@ impl LinearAttention {
             return Err(Refusal::NotAsked);
         }
         match routine {
+            Routine::Mma => mma::blueprint(problem, self.map, profile).map(|_| ()),
             Routine::Portable => portable::supports(problem, profile),
             _ => Err(Refusal::NotImplemented),
         }
     }
 
-    /// The fastest routine that can run `problem` on a device with this profile.
+    /// Whether `routine` can run the backward pass of `problem`, and its steps of decoding, on a device with this profile; if
+    /// not, why. Needs no device.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why not.
+    pub fn supports_backward(
+        &self,
+        routine: Routine,
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<(), Refusal> {
+        match routine {
+            Routine::Mma if problem.routine.is_none_or(|asked| asked == routine) => {
+                Err(Refusal::NotImplemented)
+            }
+            _ => self.supports(routine, problem, profile),
+        }
+    }
+
+    /// The fastest routine that can run the forward pass of `problem` on a device with this profile.
     ///
     /// # Errors
     /// [`Error::Refused`] with every routine's reason when none can.
     pub fn choose(&self, problem: &Problem, profile: &DeviceProfile) -> Result<Routine> {
+        self.first(|routine| self.supports(routine, problem, profile))
+    }
+
+    /// The routine that [`attend`](Self::attend) takes for these inputs: the fastest that can run the problem, that has a kernel
+    /// for what the inputs have besides, and that can read and write memory laid out like theirs.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn routine(
+        &self,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        inputs: &LinearInputs<'_>,
+        out: &Tensor<4>,
+    ) -> Result<Routine> {
+        self.first(|routine| {
+            self.supports(routine, problem, profile)?;
+            if routine == Routine::Mma { mma::takes(inputs, out.view()) } else { Ok(()) }
+        })
+    }
+
+    fn first(&self, takes: impl Fn(Routine) -> Result<(), Refusal>) -> Result<Routine> {
         let mut refusals = Vec::new();
         for routine in Routine::ALL {
-            match self.supports(routine, problem, profile) {
+            match takes(routine) {
                 Ok(()) => return Ok(routine),
                 Err(refusal) => refusals.push((routine, refusal)),
             }
         }
-        Err(Error::Refused { operator: self.name(), refusals: Refusals(refusals) })
+        Err(self.refused(refusals))
+    }
+
+    fn refused(&self, refusals: Vec<(Routine, Refusal)>) -> Error {
+        Error::Refused { operator: self.name(), refusals: Refusals(refusals) }
     }
 
     /// Writes the inputs' rows of `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type, leaves the others, and gives
@@ -138,17 +183,30 @@ impl LinearAttention {
         let state_shape = self.states_of(problem, inputs);
         inputs.check(client, problem, state_shape)?;
         check_out(client, problem, problem.out_shape(), out)?;
+        let profile = DeviceProfile::of(client);
         let end = Tensor::empty(client, state_shape, Element::F32);
-        for call in self.calls(client, problem, inputs)? {
-            call.attend(out, &end);
+        match self.routine(problem, &profile, inputs, out)? {
+            Routine::Mma => {
+                let blueprint = mma::blueprint(problem, self.map, &profile);
+                let blueprint = blueprint.map_err(|refusal| self.refused(vec![(Routine::Mma, refusal)]))?;
+                let chunk = |keys| self.chunk.or_else(|| Some(blueprint.chunk(problem, keys, &profile)));
+                for geometry in self.geometries(problem, inputs, chunk)? {
+                    mma::attend(client, inputs, &geometry, blueprint, out, &end);
+                }
+            }
+            _ => {
+                for call in self.calls(client, problem, inputs)? {
+                    call.attend(out, &end);
+                }
+            }
         }
         Ok(State::of(end))
     }
 
-    /// Adds the gradients of queries, keys and values, through the inputs' rows, to `gradients`, from that of the outputs (`f32` or of the problem's
-    /// element type) and, if the state that was left went on to somewhere, from that of the state. Gives the gradient of the
-    /// state that came in, if one did. Nothing of the forward pass is needed but its inputs: states are computed again. Two
-    /// runs agree bit for bit.
+    /// Adds the gradients of queries, keys and values, through the inputs' rows, to `gradients`, from that of the outputs
+    /// (`f32` or of the problem's element type) and, if the state that was left went on to somewhere, from that of the state.
+    /// Gives the gradient of the state that came in, if one did. Nothing of the forward pass is needed but its inputs: states
+    /// are computed again. Two runs agree bit for bit.
     ///
     /// # Errors
     /// As [`attend`](Self::attend) and [`Gradients::check`].
@@ -171,6 +229,7 @@ impl LinearAttention {
             d_state.view().check(name, client, state_shape, Element::F32)?;
             d_state.view().check_contiguous(name)?;
         }
+        self.first_backward(client, problem)?;
         let gradients = gradients.clone().cleared(client)?;
         let d_start = Tensor::empty(client, state_shape, Element::F32);
         for call in self.calls(client, problem, inputs)? {
@@ -208,7 +267,7 @@ impl LinearAttention {
         }
         state.check(client, self.state_shape(problem))?;
         check_out(client, problem, problem.out_shape(), out)?;
-        self.choose(problem, &DeviceProfile::of(client))?;
+        self.first_backward(client, problem)?;
         portable::step(client, problem, self.map, query, left.as_ref(), state, out);
         Ok(())
     }
@@ -243,7 +302,7 @@ impl LinearAttention {
                 return Err(Error::TooLarge { what, size, limit });
             }
         }
-        self.choose(problem, &DeviceProfile::of(client))?;
+        self.first_backward(client, problem)?;
         portable::meet(client, problem, self.map, query, summaries, out);
         Ok(())
     }
@@ -252,23 +311,38 @@ impl LinearAttention {
         kv_heads * self.map.features(head_dim) * value_dim
     }
 
-    /// One call of checked inputs, or where sequences are packed one of each.
+    /// One call by the portable routine of checked inputs, or where sequences are packed one of each.
     fn calls<'a>(
         &self,
         client: &'a Client,
         problem: &'a Problem,
         inputs: &'a LinearInputs<'a>,
     ) -> Result<Vec<Call<'a>>> {
-        self.choose(problem, &DeviceProfile::of(client))?;
-        let Self { window, map, chunk } = *self;
-        let hidden = window.keys() as usize;
-        let geometries = match inputs.attention.sequences {
-            Some(sequences) => Geometry::packed(problem, sequences, hidden, map, chunk)?,
-            None => vec![Geometry::new(problem, hidden, map, chunk)?],
-        };
-        let norms = AllNorms::new(client, inputs, map);
-        let call = |geometry| Call::new(client, problem, inputs, geometry, map, &norms);
+        let geometries = self.geometries(problem, inputs, |_| self.chunk)?;
+        let norms = AllNorms::new(client, inputs, self.map);
+        let call = |geometry| Call::new(client, problem, inputs, geometry, self.map, &norms);
         Ok(geometries.into_iter().map(call).collect())
+    }
+
+    /// How the batch, or each of the sequences that are packed into it, is cut: into chunks of as many keys as `chunk` says of
+    /// the number of keys that leave, or of as many as suit the portable routine.
+    fn geometries(
+        &self,
+        problem: &Problem,
+        inputs: &LinearInputs<'_>,
+        chunk: impl Fn(usize) -> Option<usize>,
+    ) -> Result<Vec<Geometry>> {
+        let hidden = self.window.keys() as usize;
+        match inputs.attention.sequences {
+            Some(sequences) => Geometry::packed(problem, sequences, hidden, self.map, chunk),
+            None => Ok(vec![Geometry::new(problem, hidden, self.map, chunk)?]),
+        }
+    }
+
+    /// The routine of the backward pass, and of steps.
+    fn first_backward(&self, client: &Client, problem: &Problem) -> Result<Routine> {
+        let profile = DeviceProfile::of(client);
+        self.first(|routine| self.supports_backward(routine, problem, &profile))
     }
 
     /// The shape of the states of these inputs.
@@ -288,7 +362,7 @@ impl Summary for LinearAttention {
 
     /// One part: the [`State`] of a sequence.
     fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
-        self.choose(problem, &DeviceProfile::of(client))?;
+        self.first_backward(client, problem)?;
         let Problem { kv_heads, head_dim, value_dim, .. } = *problem;
         Ok(vec![self.state_numbers([kv_heads, head_dim, value_dim])])
     }
@@ -313,7 +387,7 @@ impl Summary for LinearAttention {
         // Sums ask nothing of queries.
         let inputs = LinearInputs::new(key, key, value).with_state(&state);
         inputs.check(client, &problem, state_shape)?;
-        let geometry = Geometry::new(&problem, 0, self.map, self.chunk)?;
+        let geometry = Geometry::new(&problem, 0, self.map, |_| self.chunk)?;
         let norms = AllNorms::new(client, &inputs, self.map);
         let end = Tensor::empty(client, state_shape, Element::F32);
         Call::new(client, &problem, &inputs, geometry, self.map, &norms).states(&end);

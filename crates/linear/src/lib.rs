@@ -7,11 +7,13 @@
 
 mod attention;
 mod inputs;
+mod mma;
 mod norm_sum;
 mod portable;
 mod state;
 
 pub use attention::LinearAttention;
 pub use inputs::{LeavingKey, LinearInputs};
+pub use mma::sources;
 pub use norm_sum::{NormSum, NormSumGradients, norm_sum, norm_sum_backward};
 pub use state::State;

@@ -52,7 +52,7 @@ fn relu<F: Float>(x: &[F]) -> Vec<F> {
 }
 
 /// What linear attention depends on besides queries, keys and values.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct LinearOptions<F> {
     /// What the near branch sees, and this one does not.
     pub window: Window,
@@ -63,12 +63,15 @@ pub struct LinearOptions<F> {
     pub log_decay: Option<Array<F, 3>>,
     /// `[B, Hk, features, Dv]`: the state before the first key; zeros unless set.
     pub state: Option<Array<F, 4>>,
+    /// What happens to features, and to what a row reads of the state, before they are multiplied: nothing, unless a plain
+    /// computation in lower precision is asked for. The backward pass leaves them as they are.
+    pub round: fn(F) -> F,
 }
 
-impl<F> LinearOptions<F> {
+impl<F: Float> LinearOptions<F> {
     /// RATTENTION's feature map beyond a window, without decay, from nothing.
     pub fn new(window: Window) -> Self {
-        Self { window, map: FeatureMap::SoftmaxPair, log_decay: None, state: None }
+        Self { window, map: FeatureMap::SoftmaxPair, log_decay: None, state: None, round: |x| x }
     }
 }
 
@@ -109,7 +112,7 @@ pub fn linear_attention<F: Float>(
                 for (f, &feature) in key.iter().enumerate() {
                     let row = state.row_mut([b, g, f]);
                     row.iter_mut().for_each(|x| *x = *x * decay);
-                    add_scaled(row, feature, v.row([b, g, next]));
+                    add_scaled(row, (options.round)(feature), v.row([b, g, next]));
                 }
                 next += 1;
             }
@@ -118,7 +121,8 @@ pub fn linear_attention<F: Float>(
             meet(&mut state, horizon(q, k, options, t));
             for h in g * group..(g + 1) * group {
                 for (f, &feature) in features(options.map, q.row([b, h, t])).iter().enumerate() {
-                    add_scaled(out.row_mut([b, h, t]), feature, state.row([b, g, f]));
+                    let read: Vec<F> = state.row([b, g, f]).iter().map(|&x| (options.round)(x)).collect();
+                    add_scaled(out.row_mut([b, h, t]), (options.round)(feature), &read);
                 }
             }
         }
@@ -335,6 +339,7 @@ mod tests {
                     map,
                     log_decay: decays.then_some(decay),
                     state: starts.then_some(state),
+                    round: |x| x,
                 },
                 seed,
             }

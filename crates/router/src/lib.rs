@@ -19,5 +19,5 @@ pub use assigned::{FixedRouter, RandomRouter};
 pub use calibration::Calibration;
 pub use linear::{LinearChoice, LinearGate, Threshold};
 pub use low_rank::Basis;
-pub use moment_gate::MomentGate;
+pub use moment_gate::{MomentGate, sources};
 pub use moments::{Covariance, HostMoments, Moments};

@@ -8,8 +8,13 @@ use bifocal_core::{
 use cubecl::client::Client;
 
 mod kernels;
+mod mma;
 
-use self::kernels::{Blueprint, NumbersLaunch, Source, decide_kernel, predict_kernel};
+pub use self::mma::sources;
+use self::{
+    kernels::{Blueprint, NumbersLaunch, Source, decide_kernel, predict_kernel},
+    mma::Bulks,
+};
 use crate::{
     launch::{outputs, over_quads, strides},
     moments::{Covariance, Moments, Prefix},
@@ -99,8 +104,8 @@ impl MomentGate {
     ///
     /// # Errors
     /// [`Error::Option`] with a softcap, under which scores are not normal, with packed sequences, and for a low rank without
-    /// moments; [`Error::Shape`] when given moments are of other heads or remember less of the covariance; [`Error::Refused`] for element types and head
-    /// dims that the portable routine does not take; [`Error::TooLarge`]; as [`Inputs::check`].
+    /// moments; [`Error::Shape`] when given moments are of other heads or remember less of the covariance;
+    /// [`Error::Refused`] when every routine refuses ([`routine`](Self::routine)); [`Error::TooLarge`]; as [`Inputs::check`].
     pub fn predict(
         &self,
         client: &Client,
@@ -114,12 +119,20 @@ impl MomentGate {
             let expected = "none: moments are those of a batch entry's keys";
             return Err(Error::option("packed sequences", "given", expected));
         }
-        supports(problem, &profile)?;
+        takes(problem)?;
+        let routine = self.routine(problem, &profile, inputs, given)?;
         let Problem { batch, kv_heads, query_len, key_len, head_dim, .. } = *problem;
         // Positions and windows are below 2^31, and a bulk that is out of reach of every token may be so by less.
         let sinks = (self.sinks as usize).min(key_len);
         let bulk = problem.position(0) + 1 - i64::from(self.window.keys()) - sinks as i64;
         let largest = (bulk + query_len as i64 - 1).max(0) as usize;
+        if routine == Routine::Mma {
+            let blueprint = mma::blueprint(problem, self.covariance, &profile);
+            let blueprint = blueprint.map_err(|refusal| refused(vec![(routine, refusal)]))?;
+            let chunk = self.chunk.unwrap_or_else(|| blueprint.chunk(problem, largest, &profile));
+            let bulks = Bulks { first: bulk.max(-(1 << 30)), largest, sinks, chunk: chunk.min(key_len) };
+            return mma::predict(client, problem, inputs, blueprint, bulks);
+        }
         let chunk = self.chunk.unwrap_or(largest.div_ceil(256).next_power_of_two().max(64)).min(key_len);
         let own;
         let (means, scatters, slots, given_lists, given_keys) = match given {
@@ -197,7 +210,7 @@ impl MomentGate {
         query.check("query", client, [batch, heads, query_len, head_dim], problem.element)?;
         summaries.check(client, problem, &self.part_lengths(kv_heads, head_dim))?;
         let profile = DeviceProfile::of(client);
-        supports(problem, &profile)?;
+        self.check_steps(problem, &profile)?;
         let (predicted, blueprint) = self.room(client, problem, &profile, Source::Summaries);
         let (cubes, units) = grid(client, tiles(problem, &blueprint));
         let key = summaries.key.view();
@@ -299,6 +312,65 @@ impl MomentGate {
         Ok(Decision { scores: Some(predicted), routes, counts })
     }
 
+    /// Whether `routine` can predict for `problem` on a device with this profile; if not, why. Needs no device. The routine
+    /// that a problem asks for is the attention's: it is looked at here only where that is the portable one.
+    ///
+    /// # Errors
+    /// The [`Refusal`] says why not.
+    pub fn supports(
+        &self,
+        routine: Routine,
+        problem: &Problem,
+        profile: &DeviceProfile,
+    ) -> Result<(), Refusal> {
+        match routine {
+            Routine::Mma if problem.routine == Some(Routine::Portable) => Err(Refusal::NotAsked),
+            Routine::Mma => mma::blueprint(problem, self.covariance, profile).map(|_| ()),
+            Routine::Portable if !profile.elements.contains(&problem.element) => {
+                Err(Refusal::Element { element: problem.element, device: profile.elements.clone() })
+            }
+            // Queries of a tile live in a unit's private memory.
+            Routine::Portable if !(1..=512).contains(&problem.head_dim) => {
+                Err(Refusal::HeadDim { head_dim: problem.head_dim, supported: "1 to 512" })
+            }
+            Routine::Portable => Ok(()),
+            _ => Err(Refusal::NotImplemented),
+        }
+    }
+
+    /// The routine that [`predict`](Self::predict) takes: the fastest that can, which by given moments is the portable one.
+    ///
+    /// # Errors
+    /// [`Error::Refused`] with every routine's reason when none can.
+    pub fn routine(
+        &self,
+        problem: &Problem,
+        profile: &DeviceProfile,
+        inputs: &Inputs<'_>,
+        given: Option<&Moments>,
+    ) -> Result<Routine> {
+        let mut refusals = Vec::new();
+        for routine in Routine::ALL {
+            let takes = self.supports(routine, problem, profile).and_then(|()| match routine {
+                Routine::Mma if given.is_some() => Err(Refusal::NotImplemented),
+                Routine::Mma => mma::takes(inputs),
+                _ => Ok(()),
+            });
+            match takes {
+                Ok(()) => return Ok(routine),
+                Err(refusal) => refusals.push((routine, refusal)),
+            }
+        }
+        Err(refused(refusals))
+    }
+
+    /// Checks what steps of decoding, and caches, which have the portable routine alone, need of the problem.
+    fn check_steps(&self, problem: &Problem, profile: &DeviceProfile) -> Result<()> {
+        takes(problem)?;
+        let supported = self.supports(Routine::Portable, problem, profile);
+        supported.map_err(|refusal| refused(vec![(Routine::Portable, refusal)]))
+    }
+
     fn check_given(&self, client: &Client, problem: &Problem, moments: &Moments) -> Result<()> {
         let Problem { batch, kv_heads, head_dim, .. } = *problem;
         let [of_batch, ..] = moments.mean.shape();
@@ -331,7 +403,7 @@ impl Summary for MomentGate {
     /// Two parts: the mean key, and the scatter about it.
     fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
         self.covariance.check_sums()?;
-        supports(problem, &DeviceProfile::of(client))?;
+        self.check_steps(problem, &DeviceProfile::of(client))?;
         Ok(self.part_lengths(problem.kv_heads, problem.head_dim).to_vec())
     }
 
@@ -361,20 +433,14 @@ fn tiles(problem: &Problem, blueprint: &Blueprint) -> usize {
     problem.batch * problem.kv_heads * problem.packed_rows().div_ceil(blueprint.lanes)
 }
 
-fn supports(problem: &Problem, profile: &DeviceProfile) -> Result<()> {
+fn refused(refusals: Vec<(Routine, Refusal)>) -> Error {
+    Error::Refused { operator: "moment gate", refusals: Refusals(refusals) }
+}
+
+/// Refuses what no routine predicts for.
+fn takes(problem: &Problem) -> Result<()> {
     if let Some(cap) = problem.softcap {
         return Err(Error::option("softcap", cap, "none: scores under a softcap are not normal"));
-    }
-    let refuse = |refusal| {
-        let refusals = Refusals(vec![(Routine::Portable, refusal)]);
-        Err(Error::Refused { operator: "moment gate", refusals })
-    };
-    if !profile.elements.contains(&problem.element) {
-        return refuse(Refusal::Element { element: problem.element, device: profile.elements.clone() });
-    }
-    // Queries of a tile live in a unit's private memory.
-    if !(1..=512).contains(&problem.head_dim) {
-        return refuse(Refusal::HeadDim { head_dim: problem.head_dim, supported: "1 to 512" });
     }
     Ok(())
 }

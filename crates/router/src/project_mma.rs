@@ -12,8 +12,8 @@ use bifocal_core::{
     DeviceProfile, Element,
     device::{Tensor, TensorView},
 };
+use bifocal_tensor_core::ptx::{global_address, load_16, load_transposed, product, shared_address};
 use cubecl::prelude::*;
-use cubecl_cpp::cuda::ptx::generic_to_shared;
 
 use crate::project::Projection;
 
@@ -82,51 +82,6 @@ impl Blueprint {
     }
 }
 
-#[cube]
-fn global_address<E: CubePrimitive>(pointer: *const E) -> u64 {
-    let address: u64;
-    gpu_asm!("cvta.to.global.u64 {a}, {p};", a = out(_) address, p = in(_) pointer);
-    address
-}
-
-/// Loads 16 bytes from global memory, which nobody writes.
-#[cube]
-fn load_16(source: u64) -> Vector<u32, Const<4>> {
-    let four: Vector<u32, Const<4>>;
-    gpu_asm!("ld.global.nc.L1::no_allocate.v4.b32 {x}, [{at}];", x = out(_) four, at = in(_) source);
-    four
-}
-
-/// Four 8 x 8 matrices of shared memory, transposed: each thread names a row of one.
-#[cube]
-fn load_matrices(row: u32) -> Vector<u32, Const<4>> {
-    let four: Vector<u32, Const<4>>;
-    gpu_asm!("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {x}, [{at}];", x = out(_) four, at = in(_) row);
-    four
-}
-
-/// `sums + A B`: 16 tokens, 16 dims, 8 columns.
-#[cube]
-fn product(
-    sums: Vector<f32, Const<4>>,
-    a0: u32,
-    a1: u32,
-    a2: u32,
-    a3: u32,
-    b0: u32,
-    b1: u32,
-    #[comptime] element: &'static str,
-) -> Vector<f32, Const<4>> {
-    let added: Vector<f32, Const<4>>;
-    gpu_asm!(
-        "mma.sync.aligned.m16n8k16.row.col.f32.{t}.{t}.f32 {d}, {{{a0}, {a1}, {a2}, {a3}}}, {{{b0}, {b1}}}, {c};",
-        d = out(_) added, a0 = in(_) u32::reinterpret(a0), a1 = in(_) u32::reinterpret(a1),
-        a2 = in(_) u32::reinterpret(a2), a3 = in(_) u32::reinterpret(a3), b0 = in(_) u32::reinterpret(b0),
-        b1 = in(_) u32::reinterpret(b1), c = in(_) Vector::<f32, Const<4>>::reinterpret(sums), t = const element
-    );
-    added
-}
-
 /// Where eight columns of a dim are in shared memory, in words: 16 of a dim side by side, moved so that the dims that a
 /// matrix takes, `0, 1, 8, 9, 16, 17, 24, 25` from some dim on, are in different banks.
 #[cube]
@@ -152,7 +107,7 @@ pub(crate) fn project_kernel<E: Float>(
     let column = CUBE_POS_Y * comptime![COLUMNS as u32];
     let batch = CUBE_POS_Z;
     let mut weights = Shared::<[u32]>::new_aligned_slice(comptime![blueprint.dims * COLUMNS / 2], 128usize);
-    let room = generic_to_shared::<u32>(weights.as_ptr());
+    let room = shared_address(&weights);
 
     let upper = min(first, shape.tokens - 1u32);
     let lower = min(first + 8u32, shape.tokens - 1u32);
@@ -224,8 +179,8 @@ pub(crate) fn project_kernel<E: Float>(
                     let u = upper_dims[turn];
                     let l = lower_dims[turn];
                     // 32 dims further on a dim's place is 32 rows of 32 bytes further on.
-                    let left = load_matrices(left + at * 32u32);
-                    let right = load_matrices(right + at * 32u32);
+                    let left = load_transposed(left + at * 32u32);
+                    let right = load_transposed(right + at * 32u32);
                     left_sums = product(
                         left_sums,
                         u.extract(0usize),

@@ -64,7 +64,8 @@ fn routed_linear_rows_equal_the_oracle(device: &Device, effort: Effort) -> Resul
         let untouched = 0.5;
         let out = run(Tensor::filled(client, problem.out_shape(), case.out_element(), untouched))?;
         let state = run(of.operator().attend(client, &problem, &inputs, &out))?;
-        let (exact, plain) = (data.forward::<f64>(), data.forward::<f32>());
+        let (exact, plain) = (data.forward::<f64>(|x| x), data.forward::<f32>(of.round()));
+        let [of_out, of_state] = [case.out_element(), Element::F32].map(|element| of.rounded_to(element));
         let mut expected: Vec<f64> = exact.out.into_vec();
         for (row, taken) in expected.chunks_mut(dim).zip(&taken) {
             if !taken {
@@ -73,8 +74,8 @@ fn routed_linear_rows_equal_the_oracle(device: &Device, effort: Effort) -> Resul
         }
         let mut plain_out = plain.out.into_vec();
         others(&mut plain_out, untouched);
-        Bound::new(expected, &plain_out, case.out_element()).accepts("output", &run(out.to_f32(client))?)?;
-        Bound::new(exact.state.into_vec(), plain.state.as_slice(), Element::F32)
+        Bound::new(expected, &plain_out, of_out).accepts("output", &run(out.to_f32(client))?)?;
+        Bound::new(exact.state.into_vec(), plain.state.as_slice(), of_state)
             .accepts("state", &run(state.to_f32(client))?)?;
 
         // Gradients of rows that are not taken are not read.
@@ -132,8 +133,8 @@ fn aha_linear_equals_the_oracle(device: &Device, effort: Effort) -> Result<(), S
             ("far scale", run(gradients.far_scale.to_f32(client))?),
             ("scores", run(run(scores)?.to_f32(client))?),
         ];
-        let exact = oracle_rattention::<f64>(data, near, &routes.array(), scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(data, near, &routes.array(), scales, &d_out, true);
+        let exact = oracle_rattention::<f64>(data, near, &routes.array(), scales, &d_out, (|x| x, false));
+        let plain = oracle_rattention::<f32>(data, near, &routes.array(), scales, &d_out, (of.round(), true));
         let largest = d_out.iter().fold(0.0f64, |top, x| top.max(f64::from(x.abs())));
         let cancelled = 64.0 * Element::F32.epsilon() * largest;
         for ((exact, plain), (name, found)) in exact.into_iter().zip(&plain).zip(&found) {

@@ -10,7 +10,11 @@ fn main() -> ExitCode {
     };
     let part = std::env::args().nth(2).unwrap_or_default();
     let written = fs::create_dir_all(&folder).map_err(|error| error.to_string()).and_then(|()| {
-        bifocal_tile::sources(&part).try_for_each(|kernel| {
+        let others = bifocal_linear::sources()
+            .chain(bifocal_router::sources())
+            .filter(|(name, _)| name.contains(&part));
+        let others = others.map(|(name, source)| source().map(|source| (name, source)));
+        bifocal_tile::sources(&part).chain(others).try_for_each(|kernel| {
             let (name, source) = kernel?;
             fs::write(folder.join(format!("{name}.cu")), source).map_err(|error| error.to_string())
         })

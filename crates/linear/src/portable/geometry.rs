@@ -16,38 +16,38 @@ pub(crate) const LONGEST_CHUNK: usize = 1 << 16;
 /// after the last chunk, which may be cut short, is the state that the call leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Geometry {
-    pub(super) kv_heads: usize,
-    pub(super) lists: usize,
-    pub(super) group: usize,
-    pub(super) query_len: usize,
-    pub(super) head_dim: usize,
-    pub(super) value_dim: usize,
-    pub(super) features: usize,
+    pub(crate) kv_heads: usize,
+    pub(crate) lists: usize,
+    pub(crate) group: usize,
+    pub(crate) query_len: usize,
+    pub(crate) head_dim: usize,
+    pub(crate) value_dim: usize,
+    pub(crate) features: usize,
     /// Keys that leave the window of some row: `0..keys`.
-    pub(super) keys: usize,
+    pub(crate) keys: usize,
     /// Keys per chunk.
-    pub(super) chunk: usize,
+    pub(crate) chunk: usize,
     /// At least one, which may be without keys.
-    pub(super) chunks: usize,
+    pub(crate) chunks: usize,
     /// The index of the first query: the last key that it meets through the state.
-    pub(super) offset: i64,
+    pub(crate) offset: i64,
     /// The chunk of that index, counted from the first; negative before it.
-    pub(super) first_chunk: i64,
+    pub(crate) first_chunk: i64,
     /// Chunks from that one to the last query's.
-    pub(super) segments: usize,
-    pub(super) place: Place,
+    pub(crate) segments: usize,
+    pub(crate) place: Place,
 }
 
 /// Where a sequence lies among those that are packed with it; one that is alone begins at 0.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) struct Place {
     /// Query tokens, and key tokens, that there are in all.
-    pub(super) queries: usize,
-    pub(super) keys: usize,
-    pub(super) first_query: usize,
-    pub(super) first_key: usize,
+    pub(crate) queries: usize,
+    pub(crate) keys: usize,
+    pub(crate) first_query: usize,
+    pub(crate) first_key: usize,
     /// Its first state among all.
-    pub(super) first_state: usize,
+    pub(crate) first_state: usize,
 }
 
 impl Place {
@@ -58,7 +58,8 @@ impl Place {
 }
 
 impl Geometry {
-    /// The geometry of each sequence of a batch of 1 that they are packed into.
+    /// The geometry of each sequence of a batch of 1 that they are packed into. Chunks have as many keys as `chunk` says of the
+    /// number of keys that leave, or as many as suit the portable routine.
     ///
     /// # Errors
     /// As [`Geometry::new`].
@@ -67,7 +68,7 @@ impl Geometry {
         sequences: &Sequences,
         hidden: usize,
         map: FeatureMap,
-        chunk: Option<usize>,
+        chunk: impl Fn(usize) -> Option<usize>,
     ) -> Result<Vec<Self>> {
         let of = |(at, (queries, keys)): (usize, (Range<usize>, Range<usize>))| {
             let mut one = *problem;
@@ -78,7 +79,7 @@ impl Geometry {
                 first_state: at * problem.kv_heads,
                 ..Place::alone(problem)
             };
-            Self::at(&one, place, hidden, map, chunk)
+            Self::at(&one, place, hidden, map, &chunk)
         };
         sequences.ranges().enumerate().map(of).collect()
     }
@@ -91,7 +92,7 @@ impl Geometry {
         problem: &Problem,
         hidden: usize,
         map: FeatureMap,
-        chunk: Option<usize>,
+        chunk: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
         Self::at(problem, Place::alone(problem), hidden, map, chunk)
     }
@@ -101,13 +102,13 @@ impl Geometry {
         place: Place,
         hidden: usize,
         map: FeatureMap,
-        chunk: Option<usize>,
+        chunk: impl Fn(usize) -> Option<usize>,
     ) -> Result<Self> {
         let Problem { batch, heads, kv_heads, query_len, key_len, head_dim, value_dim, .. } = *problem;
         let (lists, group, features) = (batch * kv_heads, problem.group(), map.features(head_dim));
         let keys = key_len.saturating_sub(hidden);
         let state = lists.saturating_mul(features).saturating_mul(value_dim);
-        let chunk = chunk.unwrap_or_else(|| {
+        let chunk = chunk(keys).unwrap_or_else(|| {
             // With half as many keys as features, a row's share of its chunk costs about half of its share of the state.
             let mut chunk = head_dim.next_power_of_two().clamp(32, 256);
             while chunk < LONGEST_CHUNK && keys.div_ceil(chunk).saturating_mul(state) > STATE_NUMBERS {
@@ -241,7 +242,7 @@ mod tests {
     fn geometry(query_len: usize, key_len: usize, window: usize, chunk: Option<usize>) -> Geometry {
         let shape = |heads, length| [2, heads, length, 64];
         let problem = Problem::new(shape(4, query_len), shape(2, key_len), Element::F32).unwrap();
-        Geometry::new(&problem, window, FeatureMap::SoftmaxPair, chunk).unwrap()
+        Geometry::new(&problem, window, FeatureMap::SoftmaxPair, |_| chunk).unwrap()
     }
 
     #[test]
@@ -275,7 +276,7 @@ mod tests {
         assert!(long.chunk > 64 && long.chunks * 4 * 128 * 64 <= STATE_NUMBERS);
         let shape = [1 << 10, 1, 1 << 14, 64];
         let problem = Problem::new(shape, shape, Element::F32).unwrap();
-        let refused = Geometry::new(&problem, 1, FeatureMap::SoftmaxPair, Some(1));
+        let refused = Geometry::new(&problem, 1, FeatureMap::SoftmaxPair, |_| Some(1));
         assert!(matches!(refused, Err(Error::TooLarge { .. })), "{refused:?}");
     }
 }

@@ -308,32 +308,57 @@ impl<'a> Call<'a> {
         }
     }
 
-    /// Turns the sums of chunks into what comes before each, or after; writes what is left to `end`.
+    /// [`scan`], with this call's decays.
     fn scan(&self, sums: &Tensor<1>, start: Option<TensorView<'_, 4>>, end: &Tensor<4>, backwards: bool) {
-        let numbers_per_list = self.geometry.features * self.geometry.value_dim;
-        let width = largest_divisor(numbers_per_list, 4);
-        let columns = numbers_per_list / width;
-        let scan = Scan { decays: self.blueprint.decays, starts: start.is_some(), backwards };
-        let (cubes, units) = grid(self.client, self.geometry.lists * columns);
-        // SAFETY: sums, start and end are contiguous and of the geometry's sizes.
-        unsafe {
-            scan_kernel::launch_unchecked(
-                self.client,
-                cubes,
-                units,
-                elements(sums.view()),
-                match start {
-                    Some(start) => elements(start),
-                    None => elements(self.norms.query.view()),
-                },
-                elements(end.view()),
-                elements(self.decays.view()),
-                numbers(&self.geometry),
-                columns as u32,
-                scan,
-                width,
-            );
-        }
+        let of = Scan { decays: self.blueprint.decays, starts: start.is_some(), backwards };
+        scan(self.client, &self.geometry, (sums, start, end), &self.decays, of);
+    }
+}
+
+/// Puts what comes before each chunk in the place of its sum, and writes what is left to `end`; nothing decays.
+pub(crate) fn prefix(
+    client: &Client,
+    geometry: &Geometry,
+    sums: &Tensor<1>,
+    start: Option<TensorView<'_, 4>>,
+    end: &Tensor<4>,
+) {
+    let no_decays = Tensor::empty(client, [4], Element::F32);
+    let of = Scan { decays: false, starts: start.is_some(), backwards: false };
+    scan(client, geometry, (sums, start, end), &no_decays, of);
+}
+
+/// Turns the sums of chunks into what comes before each, or after; writes what is left to `end`. There are at least four
+/// numbers of decays: where no state comes in they are bound in its place.
+fn scan(
+    client: &Client,
+    geometry: &Geometry,
+    (sums, start, end): (&Tensor<1>, Option<TensorView<'_, 4>>, &Tensor<4>),
+    decays: &Tensor<1>,
+    scan: Scan,
+) {
+    let numbers_per_list = geometry.features * geometry.value_dim;
+    let width = largest_divisor(numbers_per_list, 4);
+    let columns = numbers_per_list / width;
+    let (cubes, units) = grid(client, geometry.lists * columns);
+    // SAFETY: sums, start and end are contiguous and of the geometry's sizes.
+    unsafe {
+        scan_kernel::launch_unchecked(
+            client,
+            cubes,
+            units,
+            elements(sums.view()),
+            match start {
+                Some(start) => elements(start),
+                None => elements(decays.view()),
+            },
+            elements(end.view()),
+            elements(decays.view()),
+            numbers(geometry),
+            columns as u32,
+            scan,
+            width,
+        );
     }
 }
 
@@ -370,7 +395,7 @@ fn norms(client: &Client, map: FeatureMap, x: TensorView<'_, 4>) -> Tensor<1> {
 
 /// Decays, summed up from the start of each chunk.
 fn sum_decays(client: &Client, geometry: &Geometry, log_decay: TensorView<'_, 4>) -> Tensor<1> {
-    let decays = Tensor::empty(client, [(geometry.lists * geometry.keys).max(1)], Element::F32);
+    let decays = Tensor::empty(client, [(geometry.lists * geometry.keys).max(4)], Element::F32);
     let (cubes, units) = grid(client, geometry.lists * geometry.chunks);
     // SAFETY: the decays have passed their check; each unit checks its chunk.
     unsafe {

@@ -13,10 +13,10 @@ pub(super) fn linear_attention_equals_the_oracle(device: &Device, effort: Effort
     refute(effort, (linear_cases(&device.profile), any::<bool>()), |(of, swapped)| {
         let data = LinearData::new(&of);
         let [out, state] = attend(device, &of, &data.upload(device, swapped)?)?;
-        let (exact, plain) = (data.forward::<f64>(), data.forward::<f32>());
-        Bound::new(exact.out.into_vec(), plain.out.as_slice(), of.case.out_element())
-            .accepts("output", &out)?;
-        Bound::new(exact.state.into_vec(), plain.state.as_slice(), Element::F32).accepts("state", &state)
+        let (exact, plain) = (data.forward::<f64>(|x| x), data.forward::<f32>(of.round()));
+        let [of_out, of_state] = [of.case.out_element(), Element::F32].map(|element| of.rounded_to(element));
+        Bound::new(exact.out.into_vec(), plain.out.as_slice(), of_out).accepts("output", &out)?;
+        Bound::new(exact.state.into_vec(), plain.state.as_slice(), of_state).accepts("state", &state)
     })
 }
 
@@ -35,7 +35,7 @@ pub(super) fn chunks_of_linear_attention_do_not_matter(
         for (what, (whole, parts), element) in
             [("output", (&whole[0], &parts[0]), element), ("state", (&whole[1], &parts[1]), Element::F32)]
         {
-            agree(what, whole, parts, element)?;
+            agree(what, whole, parts, of.rounded_to(element))?;
         }
         let whole = differentiate(device, &data, &on, &d_out, 1)?;
         let parts = differentiate(device, &cut, &on, &d_out, 1)?;
@@ -63,7 +63,8 @@ pub(super) fn a_state_carries_over(device: &Device, effort: Effort) -> Result<()
         let second = part(&data, Some(state), (at, kept, length));
         let [tail, state] = attend(device, &second.of, &second.upload(device, false)?)?;
         let (dim, element) = (of.case.value_dim, of.case.out_element());
-        agree("state", &whole[1], &state, Element::F32)?;
+        agree("state", &whole[1], &state, of.rounded_to(Element::F32))?;
+        let element = of.rounded_to(element);
         agree("output before the cut", &cut(&whole[0], length, 0, at, dim), &head, element)?;
         agree("output after the cut", &cut(&whole[0], length, at, length, dim), &tail, element)
     })
@@ -133,8 +134,9 @@ pub(super) fn a_step_is_the_last_row(device: &Device, effort: Effort) -> Result<
             let whole = part(&data, data.state.clone(), (0, 0, token + 1));
             let [rows, end] = attend(device, &whole.of, &whole.upload(device, false)?)?;
             let last = cut(&rows, token + 1, token, token + 1, of.case.value_dim);
-            agree("output", &last, &run(out.to_f32(client))?, of.case.out_element())?;
-            agree("state", &end, &run(state.to_f32(client))?, Element::F32)?;
+            let element = of.rounded_to(of.case.out_element());
+            agree("output", &last, &run(out.to_f32(client))?, element)?;
+            agree("state", &end, &run(state.to_f32(client))?, of.rounded_to(Element::F32))?;
         }
         Ok(())
     })

@@ -44,7 +44,10 @@ pub(crate) fn linear_cases_of<S: Strategy<Value = Case>>(
     // Most windows are short enough for keys to leave them.
     let windows = prop_oneof![3 => 1..20usize, 1 => 20..100usize, 1 => Just(4096)];
     let decays = prop_oneof![2 => Just(None), 1 => any::<bool>().prop_map(Some)];
-    let options = (windows, select(FeatureMap::ALL.to_vec()), chunks, decays, any::<bool>());
+    // Tensor cores compute softmax pairs alone.
+    let pairs = if profile.cuda_arch.is_some() { 3 } else { 0 };
+    let maps = prop_oneof![pairs => Just(FeatureMap::SoftmaxPair), 3 => select(FeatureMap::ALL.to_vec())];
+    let options = (windows, maps, chunks, decays, any::<bool>());
     (cases, options).prop_map(move |(case, (window, map, chunk, decays, starts))| {
         let (head_dim, value_dim) = if shaders { (32, 32) } else { (case.head_dim, case.value_dim) };
         // Without a softmax, large numbers leave what f16 holds.
@@ -117,7 +120,7 @@ impl LinearData {
     }
 
     /// Query, key and value for the oracle, and what it depends on besides.
-    pub(crate) fn oracle<F: Float>(&self) -> ([Array<F, 4>; 3], LinearOptions<F>) {
+    pub(crate) fn oracle<F: Float>(&self, round: fn(F) -> F) -> ([Array<F, 4>; 3], LinearOptions<F>) {
         let case = &self.of.case;
         let data = &self.data;
         let q = array(data.query_shape(), &data.query);
@@ -131,12 +134,13 @@ impl LinearData {
                 .as_ref()
                 .map(|decays| array([case.batch, case.kv_heads, case.key_len], decays)),
             state: self.state.as_ref().map(|state| array(self.of.state_shape(), state)),
+            round,
         };
         ([q, k, v], options)
     }
 
-    pub(crate) fn forward<F: Float>(&self) -> reference::LinearOutput<F> {
-        let ([q, k, v], options) = self.oracle();
+    pub(crate) fn forward<F: Float>(&self, round: fn(F) -> F) -> reference::LinearOutput<F> {
+        let ([q, k, v], options) = self.oracle(round);
         match &self.of.case.packed {
             Some(Packed { queries, keys }) => {
                 reference::ragged_linear_attention(&q, &k, &v, (queries, keys), &options)
@@ -146,7 +150,7 @@ impl LinearData {
     }
 
     pub(crate) fn backward<F: Float>(&self, d_out: &[f32]) -> [Vec<F>; 4] {
-        let ([q, k, v], options) = self.oracle();
+        let ([q, k, v], options) = self.oracle(|x| x);
         let d_out = array(self.of.case.problem().out_shape(), d_out);
         let d_state = array(self.of.state_shape(), &self.d_state);
         let found = match &self.of.case.packed {
@@ -174,6 +178,21 @@ impl LinearCase {
         let states = self.case.packed.as_ref().map_or(batch, |packed| packed.ranges().count());
         let [kv_heads, features, value_dim] = shape;
         [states, kv_heads, features, value_dim]
+    }
+
+    /// Whether products may take features, weights and states rounded to the inputs' type, as they do on tensor cores.
+    pub(crate) fn may_round(&self) -> bool {
+        self.case.may_round_weights() && self.map == FeatureMap::SoftmaxPair && self.decays.is_none()
+    }
+
+    /// What a plain computation does to features and states.
+    pub(crate) fn round(&self) -> fn(f32) -> f32 {
+        if self.may_round() { self.case.round_weight() } else { |x| x }
+    }
+
+    /// The type that an answer has been rounded to on its way: its own, or that of what was multiplied.
+    pub(crate) fn rounded_to(&self, element: Element) -> Element {
+        if self.may_round() { self.case.element } else { element }
     }
 }
 

@@ -21,24 +21,24 @@ use crate::{
 };
 
 /// RATTENTION by the oracle, its far branch on the rows whose route is 1: its output, and the gradients of the near query and
-/// key, the values, the far query and key, the scales, and by the straight-through estimator the routes' scores. Branches
-/// are rounded as the facade keeps them.
+/// key, the values, the far query and key, the scales, and by the straight-through estimator the routes' scores. The far
+/// branch rounds what it multiplies as told, and if that is told, too, the near branch is rounded as the facade keeps it.
 pub(crate) fn oracle_rattention<F: Float>(
     data: &LinearData,
     near: &Data,
     routes: &Array<u8, 3>,
     scales: &[Vec<f32>; 2],
     d_out: &[f32],
-    rounds: bool,
+    (round_far, round_near): (fn(F) -> F, bool),
 ) -> [Vec<F>; 9] {
     let case = &data.of.case;
     let reach = Reach::Window(data.of.window);
     let mut partial: reference::Partial<F> = near.oracle(|weight| weight, |_, _, _| Some(reach));
-    if rounds {
+    if round_near {
         let rounded = |x: F| round(case.element, x.to_f32().unwrap_or(f32::NAN));
         partial.out = partial.out.map(|x| F::from(rounded(x)).unwrap_or(F::nan()));
     }
-    let ([q, k, v], options) = data.oracle::<F>();
+    let ([q, k, v], options) = data.oracle::<F>(round_far);
     let far = reference::linear_attention(&q, &k, &v, &options).out;
     let scales = [NormData::scale::<F>(case, &scales[0]), NormData::scale::<F>(case, &scales[1])];
     let epsilon = F::from(1e-8f32).expect("a float");
@@ -141,8 +141,8 @@ pub(super) fn rattention_equals_the_oracle(device: &Device, effort: Effort) -> R
         let names =
             ["output", "near query", "near key", "value", "far query", "far key", "near scale", "far scale"];
         let everywhere = Array::filled([case.batch, 1, case.query_len], 1);
-        let exact = oracle_rattention::<f64>(data, near, &everywhere, scales, &d_out, false);
-        let plain = oracle_rattention::<f32>(data, near, &everywhere, scales, &d_out, true);
+        let exact = oracle_rattention::<f64>(data, near, &everywhere, scales, &d_out, (|x| x, false));
+        let plain = oracle_rattention::<f32>(data, near, &everywhere, scales, &d_out, (of.round(), true));
         // There is no gate here.
         for (at, (exact, plain)) in exact.into_iter().zip(&plain).take(names.len()).enumerate() {
             let element = if at == 0 { case.out_element() } else { case.element };

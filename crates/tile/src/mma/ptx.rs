@@ -5,10 +5,13 @@
 //! that it names to `ldmatrix` in the first 16 columns of the first panel: steps along the columns of a panel flip
 //! bits of it (the swizzle is an exclusive or), all other steps are added.
 
+pub(super) use bifocal_tensor_core::{
+    across, down,
+    ptx::{copies_commit, copies_wait, copies_wait_all, copy_16_or_zeros},
+};
 use cubecl::prelude::*;
 
-pub(super) use crate::tensor_core::ptx::{copies_commit, copies_wait, copy_16_or_zeros};
-use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape, swizzled};
+use crate::tensor_core::{Blueprint, PANEL, SWIZZLE, Shape};
 
 #[cfg(test)]
 mod tests;
@@ -104,20 +107,6 @@ fn values_text(blueprint: Blueprint) -> String {
     text + "}"
 }
 
-/// Which row a lane names of 16 rows and 16 columns that lie as they are multiplied, queries and values: 16 rows,
-/// then the same 16 eight columns on. In bytes from the first row of a panel.
-#[cube]
-pub(super) fn across(lane: u32) -> u32 {
-    lane % 16u32 * comptime![SWIZZLE as u32] + swizzled(lane, lane / 16u32)
-}
-
-/// Which row a lane names of 16 keys and 16 columns, as a product wants them, transposed: eight rows, the same eight
-/// columns on, then the next eight rows.
-#[cube]
-pub(super) fn down(lane: u32) -> u32 {
-    (lane % 8u32 + lane / 16u32 * 8u32) * comptime![SWIZZLE as u32] + swizzled(lane, lane / 8u32 % 2u32)
-}
-
 /// S = Q K^T of a warp's rows and a tile of keys, block by block of 16 rows. `query` is the address of the warp's
 /// first row and [`across`], `key` the tile's and [`down`].
 #[cube]
@@ -147,10 +136,4 @@ pub(super) fn values<WO: Size, WP: Size>(
         p = in(_) Vector::<u32, WP>::reinterpret(weights), v = in(_) value, body = const body
     );
     sum
-}
-
-/// Waits for all of this thread's copies.
-#[cube]
-pub(super) fn copies_wait_all() {
-    gpu_asm!("cp.async.wait_all;");
 }

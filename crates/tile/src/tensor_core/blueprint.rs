@@ -1,39 +1,8 @@
 use bifocal_core::Element;
+use bifocal_tensor_core::{Operand, PANEL, SWIZZLE};
 use cubecl::ir::ElemType;
 
 use crate::{rows::Sight, visibility::Visibility};
-
-/// The element types that products take, as PTX spells them.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub(crate) enum Operand {
-    F16,
-    Bf16,
-}
-
-impl Operand {
-    pub(crate) const fn of(element: Element) -> Option<Self> {
-        match element {
-            Element::F16 => Some(Operand::F16),
-            Element::Bf16 => Some(Operand::Bf16),
-            _ => None,
-        }
-    }
-
-    /// The type's name in PTX.
-    pub(crate) const fn name(self) -> &'static str {
-        match self {
-            Operand::F16 => "f16",
-            Operand::Bf16 => "bf16",
-        }
-    }
-
-    pub(crate) const fn element(self) -> Element {
-        match self {
-            Operand::F16 => Element::F16,
-            Operand::Bf16 => Element::Bf16,
-        }
-    }
-}
 
 /// The shape of a tile's products, which is all that their PTX depends on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -54,11 +23,6 @@ impl Shape {
         self.dim.next_multiple_of(PANEL)
     }
 }
-
-/// Bytes of a row of the 128-byte swizzle; a wider tile is stored as panels of such rows, one after the other.
-pub(crate) const SWIZZLE: usize = 128;
-/// Elements in such a row.
-pub(crate) const PANEL: usize = SWIZZLE / 2;
 
 /// The compile-time key of a kernel: everything its code depends on, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]

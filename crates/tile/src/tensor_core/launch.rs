@@ -1,9 +1,7 @@
 //! What both routines check, and hand to their kernels.
 
-use bifocal_core::{
-    Element, Problem, Refusal,
-    device::{Inputs, TensorView},
-};
+use bifocal_core::{Element, Problem, Refusal, device::Inputs};
+pub(crate) use bifocal_tensor_core::aligned;
 
 use super::NumbersLaunch;
 use crate::engine::Work;
@@ -35,29 +33,6 @@ pub(crate) fn supports(problem: &Problem) -> Result<(), Refusal> {
     // The running maximum is kept before scaling.
     if problem.scale <= 0.0 {
         return Err(Refusal::Scale { scale: problem.scale.to_string() });
-    }
-    Ok(())
-}
-
-/// Whether a tensor lies in memory as accesses of 16 bytes need it, and, for `bulk` copies, without broadcast
-/// dimensions; if not, why.
-pub(crate) fn aligned(tensor: &'static str, view: TensorView<'_, 4>, bulk: bool) -> Result<(), Refusal> {
-    let refuse = |layout| Err(Refusal::Layout { tensor, layout });
-    let per_16_bytes = 16 / view.element().size();
-    for axis in 0..3 {
-        if view.shape()[axis] == 1 {
-            continue;
-        }
-        if !view.strides()[axis].is_multiple_of(per_16_bytes) {
-            return refuse("a stride that is no multiple of 16 bytes");
-        }
-        if bulk && view.strides()[axis] == 0 {
-            return refuse("a broadcast dimension");
-        }
-    }
-    let offset = view.handle().offset_start.unwrap_or(0);
-    if !offset.is_multiple_of(16) {
-        return refuse("a start that is no multiple of 16 bytes");
     }
     Ok(())
 }

@@ -13,13 +13,13 @@ mod blueprint;
 pub(crate) mod finish;
 pub(crate) mod items;
 pub(crate) mod launch;
-pub(crate) mod ptx;
 pub(crate) mod softmax;
 pub(crate) mod source;
 
+pub(crate) use bifocal_tensor_core::{Operand, PANEL, SWIZZLE, ptx, swizzled};
 use cubecl::prelude::*;
 
-pub(crate) use self::blueprint::{Blueprint, Operand, PANEL, SWIZZLE, Shape};
+pub(crate) use self::blueprint::{Blueprint, Shape};
 pub(crate) use crate::arguments::Layout;
 
 /// The run-time numbers of a problem.
@@ -47,11 +47,4 @@ pub(crate) struct Numbers {
     pub(crate) softcap_scale: f32,
     pub(crate) neg_inf: f32,
     pub(crate) nan: f32,
-}
-
-/// Where in its 128 bytes of a panel a row has the 16 bytes of a column (counted in 16 bytes): the 128-byte swizzle,
-/// which keeps the same column of eight rows in different banks.
-#[cube]
-pub(crate) fn swizzled(row: u32, column: u32) -> u32 {
-    ((column % 8u32) ^ (row % 8u32)) * 16u32
 }
