@@ -7,7 +7,7 @@
 //! proportion to their bytes, so that the one head that looks far is read by all of them. Grids and buffers do not
 //! depend on routes or lengths: a step that was captured in a graph may be replayed with new ones.
 //!
-//! [`DecodeRoutine`] says how: `planes` where units run in planes of 32, `portable` everywhere.
+//! [`DecodeRoutine`] says how: `mma` on tensor cores, `planes` where units run in planes of 32, `portable` everywhere.
 
 mod book;
 mod cache;
@@ -20,6 +20,6 @@ mod view;
 pub use cache::{Batch, KvCache, KvShape, NewTokens, SequenceId, Snapshot};
 pub use layout::Layout;
 pub use reaches::Reaches;
-pub use step::{DecodePlan, DecodeRoutine, MAX_QUERIES, Step, supports};
+pub use step::{DecodePlan, DecodeRoutine, MAX_QUERIES, Step, sources, supports};
 pub use summary::{SummaryCache, SummarySnapshot};
 pub use view::{CacheView, PageTables};

@@ -148,6 +148,19 @@ pub fn unpack(word: u32, #[comptime] operand: Operand) -> Vector<f32, Const<2>> 
     pair
 }
 
+/// The low halves of two words, or their high ones, the first word's below.
+#[cube]
+pub fn interleave(first: u32, second: u32, #[comptime] high: bool) -> u32 {
+    let bytes = comptime![if high { 0x7632u32 } else { 0x5410u32 }];
+    let both: u32;
+    gpu_asm!(
+        "prmt.b32 {x}, {a}, {b}, {s};",
+        x = out(_) both, a = in(_) u32::reinterpret(first), b = in(_) u32::reinterpret(second),
+        s = const bytes, options(pure, nomem)
+    );
+    both
+}
+
 /// Stores 16 bytes to global memory.
 #[cube]
 pub fn store_16(destination: u64, a: u32, b: u32, c: u32, d: u32) {

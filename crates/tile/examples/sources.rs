@@ -12,6 +12,7 @@ fn main() -> ExitCode {
     let written = fs::create_dir_all(&folder).map_err(|error| error.to_string()).and_then(|()| {
         let others = bifocal_linear::sources()
             .chain(bifocal_router::sources())
+            .chain(bifocal_decode::sources())
             .filter(|(name, _)| name.contains(&part));
         let others = others.map(|(name, source)| source().map(|source| (name, source)));
         bifocal_tile::sources(&part).chain(others).try_for_each(|kernel| {

@@ -244,7 +244,7 @@ impl<'a> Bench<'a> {
                         }
                         timings.push(Timing {
                             routine: Some(self.plan.routine().to_string()),
-                            chunk: Some(self.plan.chunk()),
+                            chunk: self.plan.chunk(),
                             far_share: call.far_share(),
                             share_of_copy: Some(rate(bytes, times.median) / copied),
                             speedup: dense.map(|dense| dense.as_secs_f64() / times.median.as_secs_f64()),

@@ -1,6 +1,9 @@
 //! A decode step: plan, attend chunk by chunk, merge.
 
 mod merge;
+mod mma;
+mod pieces;
+mod plan;
 mod planes;
 mod policy;
 mod portable;
@@ -15,17 +18,21 @@ use bifocal_core::{
         launch::{elements, grid, words},
     },
 };
-use cubecl::{client::Client, server::Handle};
+use cubecl::{CubeCount, CubeDim, client::Client, server::Handle};
 
 use self::{
-    merge::merge_kernel,
+    merge::{merge_kernel, merge_on_planes_kernel},
+    pieces::Cut,
+    plan::{PLANNERS, plan_and_add_kernel, plan_kernel},
     policy::Policy,
-    rows::{NumbersLaunch, StridesLaunch, plan_kernel},
+    rows::{NumbersLaunch, StridesLaunch},
 };
 use crate::{
     Reaches,
     view::{CacheView, PlacesLaunch, places},
 };
+
+pub use self::mma::sources;
 
 /// Most queries per sequence of a step: a token and what a draft model guesses after it.
 pub const MAX_QUERIES: usize = 16;
@@ -34,15 +41,36 @@ pub const MAX_QUERIES: usize = 16;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum DecodeRoutine {
-    /// A plane of 32 units per chunk of keys, 16 bytes per load: NVIDIA GPUs.
+    /// Products of a plane on tensor cores, keys and values straight from memory: NVIDIA GPUs since Ampere. f16 and bf16.
+    Mma,
+    /// A plane of 32 units per piece of keys, 16 bytes per load: NVIDIA GPUs.
     Planes,
     /// A unit per chunk of keys: every runtime.
     Portable,
 }
 
+impl DecodeRoutine {
+    /// Every routine, the fastest first.
+    pub const ALL: [DecodeRoutine; 3] = [DecodeRoutine::Mma, DecodeRoutine::Planes, DecodeRoutine::Portable];
+
+    /// The core's list of routines has no word for planes: what they say stands with the portable routine's.
+    fn of_core(self) -> Routine {
+        match self {
+            DecodeRoutine::Mma => Routine::Mma,
+            DecodeRoutine::Planes | DecodeRoutine::Portable => Routine::Portable,
+        }
+    }
+
+    /// Whether units of its kernels work together.
+    fn on_planes(self) -> bool {
+        self != DecodeRoutine::Portable
+    }
+}
+
 impl fmt::Display for DecodeRoutine {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.pad(match self {
+            DecodeRoutine::Mma => "mma",
             DecodeRoutine::Planes => "planes",
             DecodeRoutine::Portable => "portable",
         })
@@ -59,11 +87,14 @@ pub fn supports(routine: DecodeRoutine, problem: &Problem, profile: &DeviceProfi
         return Err(Refusal::Element { element: problem.element, device });
     }
     match (routine, problem.routine) {
-        (_, None) | (DecodeRoutine::Portable, Some(Routine::Portable)) => {}
-        (_, Some(Routine::Portable)) => return Err(Refusal::NotAsked),
+        (_, None)
+        | (DecodeRoutine::Mma, Some(Routine::Mma))
+        | (DecodeRoutine::Portable, Some(Routine::Portable)) => {}
+        (_, Some(Routine::Mma | Routine::Portable)) => return Err(Refusal::NotAsked),
         (_, Some(_)) => return Err(Refusal::NotImplemented),
     }
     match routine {
+        DecodeRoutine::Mma => mma::supports(problem, profile),
         DecodeRoutine::Planes => planes::supports(problem, profile),
         DecodeRoutine::Portable => Ok(()),
     }
@@ -104,27 +135,30 @@ impl<'a> Step<'a> {
 /// Room for the decode steps of one batch: what each kv head needs, and what each chunk of keys gives.
 ///
 /// A step takes three launches and no read-back. The first finds for every tile of rows (up to so many of one kv head)
-/// the union of what its rows see, by lengths and routes as they are on the device then. The second deals chunks of those keys to workers in
-/// proportion to their bytes: one row that looks far is read by many workers, many windows by one. The third merges the
-/// chunks of each row by their log-sum-exp (FlashDecoding; FlashInfer, arXiv 2501.01005).
+/// the union of what its rows see, by lengths and routes as they are on the device then. The second deals those keys to workers
+/// in proportion to their bytes: one row that looks far is read by many workers, many windows by one. The third merges the
+/// pieces of each row by their log-sum-exp (FlashDecoding; FlashInfer, arXiv 2501.01005). Grids and buffers do not depend on
+/// lengths or routes.
 ///
-/// Chunks are counted from the first key that a tile needs, and their length depends on the plan alone: what a sequence
-/// gets does not depend on its neighbours, bit for bit. Nor do grids and buffers depend on lengths or routes.
+/// Where a sequence's keys are cut depends on its neighbours, and with it the last bits of what it gets. Plans
+/// [`in_chunks`](Self::in_chunks) cut at every so many keys from the first that a tile needs: a sequence gets the same bits in
+/// any company.
 #[derive(Clone, Debug)]
 pub struct DecodePlan {
     problem: Problem,
     policy: Policy,
     /// `u32 [lists, 4]`: first key beyond the sinks, sinks, keys, cost.
     needs: Handle,
-    /// `f32 [lists, chunks, rows, 2]`: maximum and sum of the softmax.
+    /// `u32 [lists + 1]`: what the lists before each cost. Unused by the portable routine.
+    starts: Handle,
+    /// `f32 [slots, rows, 2]`: maximum and sum of the softmax.
     sums: Handle,
-    /// `f32 [lists, chunks, rows, Dv]`: outputs before they are divided by the sum.
+    /// `f32 [slots, rows, Dv]`: outputs before they are divided by the sum.
     outs: Handle,
 }
 
 impl DecodePlan {
-    /// Room for steps of `problem` (a view's [`problem`](CacheView::problem)), in chunks of a length that keeps the
-    /// device's workers busy.
+    /// Room for steps of `problem` (a view's [`problem`](CacheView::problem)), cut so that the device's workers are busy.
     ///
     /// # Errors
     /// As [`Problem::check`]; [`Error::Option`] for more than [`MAX_QUERIES`] queries; [`Error::Refused`] when no routine
@@ -150,7 +184,7 @@ impl DecodePlan {
         let profile = DeviceProfile::of(client);
         let routine = choose(problem, &profile)?;
         let policy = Policy::new(routine, problem, &profile, chunk)?;
-        let rows = policy.lists as u128 * policy.max_chunks as u128 * policy.tile_rows as u128;
+        let rows = policy.slots() as u128 * policy.tile_rows as u128;
         let limit = u128::from(u32::MAX);
         let cost = policy.lists as u128
             * (problem.key_len as u128 + policy.max_chunks as u128 * policy::START as u128);
@@ -168,6 +202,7 @@ impl DecodePlan {
             problem: *problem,
             policy,
             needs: buffer(policy.lists * 4),
+            starts: buffer(policy.lists + 1),
             sums: buffer(rows * 2),
             outs: buffer(rows * problem.value_dim),
         })
@@ -183,9 +218,9 @@ impl DecodePlan {
         self.policy.routine
     }
 
-    /// Keys per chunk.
-    pub fn chunk(&self) -> usize {
-        self.policy.chunk
+    /// Keys per chunk; `None` where keys are dealt evenly, wherever that cuts them.
+    pub fn chunk(&self) -> Option<usize> {
+        (self.policy.cut == Cut::Chunks).then_some(self.policy.chunk)
     }
 
     /// Computes one step into `partial`, every row of which is written.
@@ -205,6 +240,7 @@ impl DecodePlan {
         partial.check(client, &self.problem)?;
         self.plan(client, cache, step)?;
         match self.policy.routine {
+            DecodeRoutine::Mma => mma::launch(self, client, cache, step),
             DecodeRoutine::Planes => planes::launch(self, client, cache, step),
             DecodeRoutine::Portable => portable::launch(self, client, cache, step),
         }
@@ -245,59 +281,109 @@ impl DecodePlan {
         for &reach in list.iter().flatten() {
             cache.check_kept(reach, query_len)?;
         }
-        match self.policy.routine {
-            DecodeRoutine::Planes => planes::takes(cache).map_err(|refusal| refused(vec![refusal])),
-            DecodeRoutine::Portable => Ok(()),
+        match self.policy.routine.on_planes() {
+            true => planes::takes(cache)
+                .map_err(|refusal| refused(vec![(self.policy.routine.of_core(), refusal)])),
+            false => Ok(()),
         }
     }
 
     fn launch_plan(&self, client: &Client, cache: &CacheView<'_>, step: &Step<'_>) {
-        let (cubes, units) = grid(client, self.policy.lists);
+        let routed = step.routes.is_some();
+        let (tables, slots) = (words(cache.tables), words(cache.slots));
+        let (routes, rules) = (self.routes(step), words(step.reaches.rules()));
+        let (places, numbers) = (self.places(cache), self.numbers(step));
         // SAFETY: routes, rules and tables were checked against the problem; each unit checks its list.
         unsafe {
-            plan_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                words(cache.tables),
-                words(cache.slots),
-                self.routes(step),
-                words(step.reaches.rules()),
-                words(&self.needs),
-                self.places(cache),
-                self.numbers(step),
-                step.routes.is_some(),
-            );
+            if self.policy.routine.on_planes() {
+                let units =
+                    self.policy.lists.next_multiple_of(DeviceProfile::PLANE as usize).min(PLANNERS) as u32;
+                plan_and_add_kernel::launch_unchecked(
+                    client,
+                    CubeCount::Static(1, 1, 1),
+                    CubeDim::new_1d(units),
+                    tables,
+                    slots,
+                    routes,
+                    rules,
+                    words(&self.needs),
+                    words(&self.starts),
+                    places,
+                    numbers,
+                    routed,
+                    units,
+                );
+            } else {
+                let (cubes, units) = grid(client, self.policy.lists);
+                let needs = words(&self.needs);
+                plan_kernel::launch_unchecked(
+                    client, cubes, units, tables, slots, routes, rules, needs, places, numbers, routed,
+                );
+            }
         }
     }
 
     fn launch_merge(&self, client: &Client, step: &Step<'_>, partial: &Partial) {
         let Problem { batch, heads, query_len, value_dim, kv_heads, .. } = self.problem;
-        let (cubes, units) = grid(client, batch * heads * query_len * value_dim);
-        // SAFETY: the partial was checked; each unit checks its element.
+        let rows = batch * heads * query_len;
+        let (routes, rules) = (self.routes(step), words(step.reaches.rules()));
+        let (sums, outs) = (words(&self.sums), words(&self.outs));
+        let sink_logits = match step.sink_logits {
+            // SAFETY: the sink logits were checked.
+            Some(sinks) => unsafe { elements(sinks) },
+            None => words(&self.sums),
+        };
+        let (routed, has_sinks) = (step.routes.is_some(), step.sink_logits.is_some());
+        let (out_strides, numbers) = (strides(partial.out.view()), self.numbers(step));
+        let element = partial.out.element().into();
+        // SAFETY: the partial was checked; each unit checks its element, and there is a cube per row.
         unsafe {
-            merge_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                words(&self.needs),
-                self.routes(step),
-                words(step.reaches.rules()),
-                words(&self.sums),
-                words(&self.outs),
-                match step.sink_logits {
-                    Some(sinks) => elements(sinks),
-                    None => words(&self.sums),
-                },
-                elements(partial.out.view()),
-                elements(partial.lse.view()),
-                strides(partial.out.view()),
-                self.numbers(step),
-                kv_heads as u32,
-                step.routes.is_some(),
-                step.sink_logits.is_some(),
-                partial.out.element().into(),
-            );
+            let (out, lse) = (elements(partial.out.view()), elements(partial.lse.view()));
+            if self.policy.routine.on_planes() {
+                merge_on_planes_kernel::launch_unchecked(
+                    client,
+                    CubeCount::Static(rows as u32, 1, 1),
+                    CubeDim::new_1d(merge::PLANES as u32 * DeviceProfile::PLANE),
+                    words(&self.needs),
+                    words(&self.starts),
+                    routes,
+                    rules,
+                    sums,
+                    outs,
+                    sink_logits,
+                    out,
+                    lse,
+                    out_strides,
+                    numbers,
+                    kv_heads as u32,
+                    value_dim,
+                    self.policy.cut,
+                    routed,
+                    has_sinks,
+                    element,
+                );
+            } else {
+                let (cubes, units) = grid(client, rows * value_dim);
+                merge_kernel::launch_unchecked(
+                    client,
+                    cubes,
+                    units,
+                    words(&self.needs),
+                    routes,
+                    rules,
+                    sums,
+                    outs,
+                    sink_logits,
+                    out,
+                    lse,
+                    out_strides,
+                    numbers,
+                    kv_heads as u32,
+                    routed,
+                    has_sinks,
+                    element,
+                );
+            }
         }
     }
 
@@ -338,18 +424,16 @@ impl DecodePlan {
 /// The fastest routine that takes the problem.
 fn choose(problem: &Problem, profile: &DeviceProfile) -> Result<DecodeRoutine> {
     let mut refusals = Vec::new();
-    for routine in [DecodeRoutine::Planes, DecodeRoutine::Portable] {
+    for routine in DecodeRoutine::ALL {
         match supports(routine, problem, profile) {
             Ok(()) => return Ok(routine),
-            Err(refusal) => refusals.push(refusal),
+            Err(refusal) => refusals.push((routine.of_core(), refusal)),
         }
     }
     Err(refused(refusals))
 }
 
-/// The core's list of routines has no word for planes: what they say stands with the portable routine's.
-fn refused(refusals: Vec<Refusal>) -> Error {
-    let refusals = refusals.into_iter().map(|refusal| (Routine::Portable, refusal)).collect();
+fn refused(refusals: Vec<(Routine, Refusal)>) -> Error {
     Error::Refused { operator: "decode", refusals: Refusals(refusals) }
 }
 

@@ -1,9 +1,12 @@
 use bifocal_core::{DeviceProfile, Error, Problem, Result};
 
-use super::{DecodeRoutine, planes};
+use super::{DecodeRoutine, mma, pieces::Cut, planes};
 
-/// What a chunk costs beside its keys, in keys: its queries, and the merge of what it gives.
+/// What a piece costs beside its keys, in keys: its queries, and the merge of what it gives.
 pub(super) const START: usize = 32;
+
+/// Costs that fall to a worker at least: with less it would be waiting for its first keys most of the time.
+pub(super) const LEAST: usize = 64;
 
 /// Rows of a kv head that one tile of the portable routine has at most.
 const PORTABLE_ROWS: usize = 16;
@@ -12,11 +15,11 @@ const PORTABLE_ROWS: usize = 16;
 const WORKERS_PER_CORE: usize = 4;
 const WORKERS_PER_MULTIPROCESSOR: usize = 64;
 
-/// Chunks that there are per worker when every row sees every key of a full cache: enough that a tenth of them still
-/// keeps most workers busy.
+/// Chunks that there are per portable worker when every row sees every key of a full cache: enough that a tenth of them
+/// still keeps most workers busy.
 const CHUNKS_PER_WORKER: usize = 8;
 
-/// Keys of a chunk: fewer, and what chunks give weighs against what they read; more, and workers wait for the last.
+/// Keys of such a chunk: fewer, and what chunks give weighs against what they read; more, and workers wait for the last.
 const CHUNK: core::ops::RangeInclusive<usize> = 64..=4096;
 
 /// How the steps of a problem are cut into work. The one place where sizes are decided.
@@ -30,7 +33,8 @@ pub(super) struct Policy {
     /// Tiles of all kv heads of all sequences.
     pub(super) lists: usize,
     pub(super) workers: usize,
-    /// Keys per chunk.
+    pub(super) cut: Cut,
+    /// Keys per chunk: all that a sequence can have where they are cut evenly.
     pub(super) chunk: usize,
     /// Chunks of a list at most.
     pub(super) max_chunks: usize,
@@ -46,6 +50,7 @@ impl Policy {
         let rows = problem.packed_rows();
         let multiprocessors = profile.multiprocessors.max(1) as usize;
         let (tile_rows, workers) = match routine {
+            DecodeRoutine::Mma => (mma::tile_rows(problem), mma::workers(multiprocessors)),
             DecodeRoutine::Planes => (planes::tile_rows(problem), planes::workers(multiprocessors)),
             DecodeRoutine::Portable => (
                 rows.min(PORTABLE_ROWS),
@@ -57,15 +62,24 @@ impl Policy {
         };
         let tiles = rows.div_ceil(tile_rows);
         let lists = problem.batch * problem.kv_heads * tiles;
-        let chunk = match chunk {
-            Some(0) => return Err(Error::option("keys per chunk", 0, "at least 1")),
-            Some(chunk) => chunk.min(problem.key_len),
-            None => {
+        let (cut, chunk) = match (chunk, routine) {
+            (Some(0), _) => return Err(Error::option("keys per chunk", 0, "at least 1")),
+            (Some(chunk), _) => (Cut::Chunks, chunk.min(problem.key_len)),
+            (None, DecodeRoutine::Portable) => {
                 let even = lists.saturating_mul(problem.key_len) / (workers * CHUNKS_PER_WORKER);
-                even.next_power_of_two().clamp(*CHUNK.start(), *CHUNK.end())
+                (Cut::Chunks, even.next_power_of_two().clamp(*CHUNK.start(), *CHUNK.end()))
             }
+            (None, _) => (Cut::Even, problem.key_len),
         };
         let max_chunks = problem.key_len.div_ceil(chunk);
-        Ok(Self { routine, tile_rows, tiles, lists, workers, chunk, max_chunks })
+        Ok(Self { routine, tile_rows, tiles, lists, workers, cut, chunk, max_chunks })
+    }
+
+    /// Pieces that there is room for.
+    pub(super) fn slots(&self) -> usize {
+        match self.cut {
+            Cut::Even => self.lists + self.workers,
+            Cut::Chunks => self.lists * self.max_chunks,
+        }
     }
 }

@@ -9,9 +9,8 @@ use cubecl::{client::Client, prelude::*};
 
 use super::{
     DecodePlan, Step,
-    rows::{
-        List, Numbers, Strides, chunks_of, list_at, offset, pool_row, position_of, row_of, rows_in, share_of,
-    },
+    pieces::{Costs, Cut, Piece, share_of},
+    rows::{List, Numbers, Strides, list_at, offset, pool_row, position_of, row_of, rows_in},
     strides,
 };
 use crate::{
@@ -65,13 +64,13 @@ pub(super) fn launch(plan: &DecodePlan, client: &Client, cache: &CacheView<'_>, 
     }
 }
 
-/// A block of keys: where they are, and which the tile's chunk still has.
+/// A block of keys: where they are, and which the tile's piece still has.
 #[derive(CubeType)]
 struct Block {
     positions: Array<i32>,
     /// Rows of the pools.
     rows: Array<u32>,
-    /// Keys beyond the chunk's last stand for it again, and are not seen.
+    /// Keys beyond the piece's last stand for it again, and are not seen.
     live: Array<bool>,
 }
 
@@ -156,9 +155,9 @@ fn fold<E: Float, N: Size>(
     }
 }
 
-/// Attends one chunk of a list's keys: block by block, each for all rows of the tile.
+/// Attends one piece of a list's keys: block by block, each for all rows of the tile.
 #[cube]
-fn attend_chunk<E: Float, N: Size>(
+fn attend_piece<E: Float, N: Size>(
     query: &[E],
     key: &[Vector<E, N>],
     value: &[Vector<E, N>],
@@ -168,14 +167,14 @@ fn attend_chunk<E: Float, N: Size>(
     sums: &mut [f32],
     outs: &mut [Vector<f32, N>],
     list: &List,
-    chunk: u32,
+    piece: &Piece,
     query_strides: &Strides,
     places: &Places,
     numbers: &Numbers,
     #[comptime] blueprint: Blueprint,
 ) {
     let rows = rows_in(list.list, numbers);
-    let first_row = (list.list * numbers.max_chunks + chunk) * numbers.tile_rows;
+    let first_row = piece.slot * numbers.tile_rows;
     let value_vectors = numbers.value_dim / comptime![blueprint.width as u32];
     for at in first_row..first_row + rows {
         sums[(at * 2u32) as usize] = numbers.neg_inf;
@@ -184,8 +183,8 @@ fn attend_chunk<E: Float, N: Size>(
             outs[(at * value_vectors + d) as usize] = Vector::new(0.0f32);
         }
     }
-    let mut next = chunk * numbers.chunk;
-    let end = min(next + numbers.chunk, list.keys);
+    let mut next = piece.first;
+    let end = piece.end;
     while next < end {
         let mut block =
             Block { positions: Array::new(BLOCK), rows: Array::new(BLOCK), live: Array::new(BLOCK) };
@@ -234,15 +233,18 @@ pub(super) fn attend_kernel<E: Float, N: Size>(
     for list in 0..numbers.lists {
         total += needs[(list * 4u32 + 3u32) as usize];
     }
-    let share = share_of(ABSOLUTE_POS as u32, total, &numbers);
+    let worker = ABSOLUTE_POS as u32;
+    let share = share_of(total, &numbers);
     let mut before = 0u32;
     for number in 0..numbers.lists {
-        let cost = needs[(number * 4u32 + 3u32) as usize];
-        if before < share.end && before + cost > share.begin {
+        let after = before + needs[(number * 4u32 + 3u32) as usize];
+        if before < (worker + 1u32) * share && after > worker * share {
             let list = list_at(number, needs, tables, slots, &places, &numbers);
-            let chunks = chunks_of(before, list.keys, &share, &numbers);
-            for chunk in chunks.first..chunks.end {
-                attend_chunk::<E, N>(
+            let costs = Costs { list: number, before, after, keys: list.keys, share };
+            let pieces = costs.pieces_of_worker(worker, &numbers, Cut::Chunks);
+            for chunk in pieces.first..pieces.end {
+                let piece = costs.piece(chunk, &numbers, Cut::Chunks);
+                attend_piece::<E, N>(
                     query,
                     key,
                     value,
@@ -252,7 +254,7 @@ pub(super) fn attend_kernel<E: Float, N: Size>(
                     sums,
                     outs,
                     &list,
-                    chunk,
+                    &piece,
                     &query_strides,
                     &places,
                     &numbers,
@@ -260,6 +262,6 @@ pub(super) fn attend_kernel<E: Float, N: Size>(
                 );
             }
         }
-        before += cost;
+        before = after;
     }
 }

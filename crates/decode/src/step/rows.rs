@@ -1,16 +1,11 @@
-//! What every kernel of a step knows: its numbers, the rows of a tile, the keys that a tile needs, and how these are
-//! dealt to workers.
+//! What every kernel of a step knows: its numbers, the rows of a tile, the keys that a tile needs.
 
 // In a kernel `%` is one instruction.
 #![allow(clippy::manual_is_multiple_of)]
 
 use cubecl::prelude::*;
 
-use super::policy::START;
-use crate::{
-    reaches::rule_of,
-    view::{Places, place},
-};
+use crate::view::{Places, place};
 
 /// The run-time numbers of a step.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -150,84 +145,4 @@ pub(super) fn position_of(list: &List, n: u32) -> u32 {
 #[cube]
 pub(super) fn pool_row(list: &List, n: u32, tables: &[u32], places: &Places) -> u32 {
     place(position_of(list, n), list.table, list.kv_head, tables, places)
-}
-
-/// The costs that fall to a worker, of all costs one after the other: a chunk is computed by the one among whose costs its
-/// first is.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(super) struct Share {
-    pub(super) begin: u32,
-    pub(super) end: u32,
-}
-
-#[cube]
-pub(super) fn share_of(worker: u32, total: u32, numbers: &Numbers) -> Share {
-    let share = total.div_ceil(numbers.workers);
-    let begin = min(worker * share, total);
-    Share { begin, end: min(begin + share, total) }
-}
-
-/// Chunks `first..end` of a list.
-#[derive(CubeType, Clone, Copy)]
-#[expand(derive(Clone, Copy))]
-pub(super) struct Chunks {
-    pub(super) first: u32,
-    pub(super) end: u32,
-}
-
-/// Which chunks of a list of `keys`, before which other lists cost `before`, fall to a share that reaches into it.
-#[cube]
-pub(super) fn chunks_of(before: u32, keys: u32, share: &Share, numbers: &Numbers) -> Chunks {
-    let cost = numbers.chunk + comptime![START as u32];
-    let skipped = select(share.begin > before, share.begin - before, 0u32);
-    let ends = (share.end - before).div_ceil(cost);
-    Chunks { first: skipped.div_ceil(cost), end: min(ends, keys.div_ceil(numbers.chunk)) }
-}
-
-/// One unit per list: the union of what its rows see, by lengths and routes as they are now.
-#[cube(launch_unchecked)]
-pub(super) fn plan_kernel(
-    tables: &[u32],
-    slots: &[u32],
-    routes: &[u32],
-    rules: &[i32],
-    needs: &mut [u32],
-    places: Places,
-    numbers: Numbers,
-    #[comptime] routed: bool,
-) {
-    if ABSOLUTE_POS >= numbers.lists as usize {
-        terminate!();
-    }
-    let list = ABSOLUTE_POS as u32;
-    let batch = list / numbers.tiles / places.kv_heads;
-    let length = tables[(slots[batch as usize] * places.pitch) as usize] as i32;
-    let mut low = length;
-    let mut high = 0i32;
-    let mut sinks = 0i32;
-    for row in 0..rows_in(list, &numbers) {
-        let row = row_of(list, row, places.kv_heads, routes, &numbers, routed);
-        let position = length - numbers.query_len as i32 + row.token as i32;
-        let rule = rule_of(rules, row.route, position);
-        let end = min(rule.last, length - 1i32) + 1i32;
-        let start = max(max(rule.low + 1i32, rule.skip), 0i32);
-        if start < end {
-            low = min(low, start);
-            high = max(high, end);
-        }
-        sinks = max(sinks, min(rule.sinks, end));
-    }
-    // Sinks that reach into the other keys are some of them.
-    if sinks >= low {
-        low = 0i32;
-        sinks = 0i32;
-    }
-    // Room is made for what a sequence can have.
-    let keys = min((sinks + max(high - low, 0i32)) as u32, numbers.most_keys);
-    let at = ABSOLUTE_POS * 4;
-    needs[at] = low as u32;
-    needs[at + 1] = sinks as u32;
-    needs[at + 2] = keys;
-    needs[at + 3] = keys + keys.div_ceil(numbers.chunk) * comptime![START as u32];
 }

@@ -54,8 +54,6 @@ pub(super) fn step_cases(device: &Device) -> impl Strategy<Value = StepCase> + u
                 query_len,
                 key_len: lengths.iter().copied().max().expect("at least one sequence"),
                 routine: case.routine.filter(|&routine| routine == Routine::Portable),
-                // Weights stay as they are.
-                tensor_cores: false,
                 ..case
             },
             lengths,
@@ -244,8 +242,8 @@ impl Scene {
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> Expected {
         let case = &step.case;
-        let exact = self.oracle::<f64>(step, &reach_of);
-        let plain = self.oracle::<f32>(step, &reach_of);
+        let exact = self.oracle::<f64>(step, |weight| weight, &reach_of);
+        let plain = self.oracle::<f32>(step, case.round_weight(), &reach_of);
         let values: Vec<f32> =
             self.tokens.iter().flat_map(|tokens| tokens.value.as_slice().to_vec()).collect();
         Expected::of(case, &values, exact, &plain)
@@ -254,6 +252,7 @@ impl Scene {
     fn oracle<F: num_traits::Float>(
         &self,
         step: &StepCase,
+        round_weight: fn(F) -> F,
         reach_of: impl Fn(usize, usize, usize) -> Option<Reach>,
     ) -> bifocal_reference::Partial<F> {
         let case = &step.case;
@@ -270,7 +269,7 @@ impl Scene {
             scale: cast(problem.scale),
             softcap: problem.softcap.map(cast),
             sink_logits: self.sinks.as_ref().map(|sinks| sinks.iter().copied().map(cast).collect()),
-            round_weight: |weight| weight,
+            round_weight,
         };
         let shape = [case.batch, case.heads(), case.query_len, case.head_dim];
         model.attend(&sequences, &array(shape, &self.query), &options, reach_of)

@@ -8,8 +8,10 @@ use cubecl::prelude::*;
 use super::{Blueprint, PLANE, PLANES};
 use crate::{
     reaches::{Rule, rule_of},
-    step::rows::{
-        List, Numbers, Strides, chunks_of, list_at, offset, pool_row, position_of, row_of, rows_in, share_of,
+    step::{
+        pieces::{Costs, Piece, share_of},
+        plan::list_at_cost,
+        rows::{List, Numbers, Strides, list_at, offset, pool_row, position_of, row_of, rows_in},
     },
     view::Places,
 };
@@ -260,9 +262,9 @@ fn load<E: Float, N: Size>(
     }
 }
 
-/// Attends one chunk of a list's keys.
+/// Attends one piece of a list's keys, which has at least one.
 #[cube]
-fn attend_chunk<E: Float, N: Size>(
+fn attend_piece<E: Float, N: Size>(
     query: &[E],
     key: &[Vector<E, N>],
     value: &[Vector<E, N>],
@@ -272,7 +274,7 @@ fn attend_chunk<E: Float, N: Size>(
     sums: &mut [f32],
     outs: &mut [f32],
     list: &List,
-    chunk: u32,
+    piece: &Piece,
     lane: &Lane,
     query_strides: &Strides,
     places: &Places,
@@ -311,8 +313,8 @@ fn attend_chunk<E: Float, N: Size>(
         row_of(list.list, min(lane.row, count - 1u32), places.kv_heads, routes, numbers, blueprint.routed);
     let rule = rule_of(rules, own.route, list.first_position + own.token as i32);
 
-    let mut next = chunk * numbers.chunk;
-    let end = min(next + numbers.chunk, list.keys);
+    let mut next = piece.first;
+    let end = piece.end;
     let mut at = Array::<u32>::new(loads);
     let mut k = Array::<Vector<E, N>>::new(loads);
     let mut v = Array::<Vector<E, N>>::new(loads);
@@ -379,7 +381,7 @@ fn attend_chunk<E: Float, N: Size>(
         }
     }
     let sum = sum_of_row(tile.sum[0], blueprint);
-    let first_row = (list.list * numbers.max_chunks + chunk) * numbers.tile_rows;
+    let first_row = piece.slot * numbers.tile_rows;
     if lane.group == 0u32 {
         if lane.part < vectors {
             #[unroll]
@@ -415,6 +417,7 @@ pub(in crate::step) fn attend_kernel<E: Float, N: Size>(
     routes: &[u32],
     rules: &[i32],
     needs: &[u32],
+    starts: &[u32],
     sums: &mut [f32],
     outs: &mut [f32],
     query_strides: Strides,
@@ -429,56 +432,42 @@ pub(in crate::step) fn attend_kernel<E: Float, N: Size>(
     if worker >= numbers.workers {
         terminate!();
     }
-    let in_plane = UNIT_POS % PLANE;
     let lane = lane_of(blueprint);
-    let mut total = 0u32;
-    let mut number = in_plane;
-    while number < numbers.lists {
-        total += needs[(number * 4u32 + 3u32) as usize];
-        number += PLANE;
-    }
-    let share = share_of(worker, plane_sum(total), &numbers);
-
-    // 32 lists at a time: what they cost, and what those before them do.
-    let mut before = 0u32;
-    let mut first = 0u32;
-    while first < numbers.lists && before < share.end {
-        let mut cost = 0u32;
-        if first + in_plane < numbers.lists {
-            cost = needs[((first + in_plane) * 4u32 + 3u32) as usize];
-        }
-        let up_to = plane_inclusive_sum(cost);
-        let together = plane_shuffle(up_to, PLANE - 1u32);
-        if before + together > share.begin {
-            for i in 0..min(numbers.lists - first, PLANE) {
-                let cost_of_list = plane_shuffle(cost, i);
-                let before_list = before + plane_shuffle(up_to, i) - cost_of_list;
-                if before_list < share.end && before_list + cost_of_list > share.begin {
-                    let list = list_at(first + i, needs, tables, slots, &places, &numbers);
-                    let chunks = chunks_of(before_list, list.keys, &share, &numbers);
-                    for chunk in chunks.first..chunks.end {
-                        attend_chunk::<E, N>(
-                            query,
-                            key,
-                            value,
-                            tables,
-                            routes,
-                            rules,
-                            sums,
-                            outs,
-                            &list,
-                            chunk,
-                            &lane,
-                            &query_strides,
-                            &places,
-                            &numbers,
-                            blueprint,
-                        );
-                    }
+    let share = share_of(starts[numbers.lists as usize], &numbers);
+    let begin = worker * share;
+    let end = min(begin + share, starts[numbers.lists as usize]);
+    if begin < end {
+        let mut number = list_at_cost(begin, starts, &numbers);
+        let mut before = starts[number as usize];
+        while before < end && number < numbers.lists {
+            let after = starts[number as usize + 1];
+            let list = list_at(number, needs, tables, slots, &places, &numbers);
+            let costs = Costs { list: number, before, after, keys: list.keys, share };
+            let pieces = costs.pieces_of_worker(worker, &numbers, blueprint.cut);
+            for i in pieces.first..pieces.end {
+                let piece = costs.piece(i, &numbers, blueprint.cut);
+                if piece.first < piece.end {
+                    attend_piece::<E, N>(
+                        query,
+                        key,
+                        value,
+                        tables,
+                        routes,
+                        rules,
+                        sums,
+                        outs,
+                        &list,
+                        &piece,
+                        &lane,
+                        &query_strides,
+                        &places,
+                        &numbers,
+                        blueprint,
+                    );
                 }
             }
+            before = after;
+            number += 1u32;
         }
-        before += together;
-        first += PLANE;
     }
 }

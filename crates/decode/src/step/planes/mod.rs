@@ -14,7 +14,7 @@ use bifocal_core::{
 use cubecl::{client::Client, prelude::*};
 
 use self::kernel::attend_kernel;
-use super::{DecodePlan, Step, strides};
+use super::{DecodePlan, Step, pieces::Cut, strides};
 use crate::{cache::width, view::CacheView};
 
 const PLANE: u32 = DeviceProfile::PLANE;
@@ -30,6 +30,7 @@ const ROWS: usize = 8;
 /// The compile-time key of the kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Blueprint {
+    cut: Cut,
     routed: bool,
     softcap: bool,
     head_dim: usize,
@@ -44,9 +45,10 @@ pub(super) struct Blueprint {
 }
 
 impl Blueprint {
-    fn new(problem: &Problem, routed: bool) -> Self {
+    fn new(problem: &Problem, cut: Cut, routed: bool) -> Self {
         let (rows, width) = (tile_rows(problem).next_power_of_two(), width_of(problem));
         Self {
+            cut,
             routed,
             softcap: problem.softcap.is_some(),
             head_dim: problem.head_dim,
@@ -119,7 +121,7 @@ pub(super) fn takes(cache: &CacheView<'_>) -> Result<(), Refusal> {
 
 /// Launches the kernel. Everything has been checked.
 pub(super) fn launch(plan: &DecodePlan, client: &Client, cache: &CacheView<'_>, step: &Step<'_>) {
-    let blueprint = Blueprint::new(&plan.problem, step.routes.is_some());
+    let blueprint = Blueprint::new(&plan.problem, plan.policy.cut, step.routes.is_some());
     let cubes = plan.policy.workers.div_ceil(PLANES) as u32;
     // SAFETY: as for the portable routine.
     unsafe {
@@ -135,6 +137,7 @@ pub(super) fn launch(plan: &DecodePlan, client: &Client, cache: &CacheView<'_>, 
             plan.routes(step),
             words(step.reaches.rules()),
             words(&plan.needs),
+            words(&plan.starts),
             words(&plan.sums),
             words(&plan.outs),
             strides(step.query),

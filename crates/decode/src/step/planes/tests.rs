@@ -1,27 +1,7 @@
 //! The kernels as CUDA C++, written on the host: whether they can be is known without a GPU.
 
-use std::sync::Arc;
-
 use bifocal_core::Element;
-use cubecl::{
-    Compiler,
-    ir::{
-        ContiguousElements, DeviceIdentity, DeviceProperties, ElemType, HardwareProperties,
-        MemoryDeviceProperties, MmaProperties, TargetProperties,
-    },
-    profile::TimingMethod,
-    server::Handle,
-};
-use cubecl_core::{
-    device::{DeviceId, ServiceId},
-    environment::stream::StreamId,
-};
-use cubecl_cpp::{
-    cuda::mma::manual::contiguous_elements_cuda,
-    register_supported_types,
-    shared::{CompilationOptions, CppCompiler, CppSupportedFeatures},
-    target::Cuda,
-};
+use bifocal_tensor_core::source::{Gpu, ONE_CUBE, buffer, target};
 
 use super::*;
 use crate::{
@@ -29,67 +9,15 @@ use crate::{
     view::PlacesLaunch,
 };
 
-/// What the CUDA runtime says of an A100, as far as kernels ask.
-fn properties() -> Arc<DeviceProperties> {
-    let hardware = HardwareProperties {
-        load_width: 128,
-        vector_register_count: None,
-        plane_size_min: 32,
-        plane_size_max: 32,
-        max_bindings: 1024,
-        max_shared_memory_size: 163 << 10,
-        max_cube_count: (i32::MAX as u32, 65_535, 65_535),
-        max_units_per_cube: 1024,
-        max_cube_dim: (1024, 1024, 64),
-        num_streaming_multiprocessors: Some(108),
-        num_tensor_cores: Some(4),
-        min_tensor_cores_dim: Some(8),
-        num_cpu_cores: None,
-        last_level_cache_size: None,
-        max_vector_size: usize::MAX,
-        cube_mma_reserved_shared_memory: 0,
-    };
-    let identity = DeviceIdentity { name: "A100".into(), fingerprint: "ptx_sm80".into(), physical: None };
-    let memory = MemoryDeviceProperties::new(20 << 30, 512);
-    let mut properties =
-        DeviceProperties::new(Default::default(), memory, hardware, TimingMethod::Device, identity);
-    register_supported_types(&mut properties);
-    properties.features.memory_reinterpret = true;
-    properties.features.alignment = true;
-    Arc::new(properties)
-}
-
-fn target() -> Arc<TargetProperties> {
-    Arc::new(TargetProperties {
-        mma: MmaProperties {
-            register_size_bits: 32,
-            const_plane_size: 32,
-            register_layout_a: cubecl::cmma::MatrixLayout::RowMajor,
-            register_layout_b: cubecl::cmma::MatrixLayout::ColMajor,
-            register_layout_acc: cubecl::cmma::MatrixLayout::RowMajor,
-            register_duplication_a: 1,
-            register_duplication_b: 1,
-            register_duplication_acc: 1,
-            contiguous_elements: ContiguousElements::new(contiguous_elements_cuda),
-        },
-    })
-}
-
-fn buffer() -> BufferArg {
-    let service = ServiceId::of::<DeviceProfile>(DeviceId::new(0, 0));
-    let handle = Handle::new(service, StreamId::current(), 1 << 20);
-    // SAFETY: nothing is launched, so nothing is read or written.
-    unsafe { BufferArg::from_raw_parts(handle, 1 << 10) }
-}
-
 fn source(problem: &Problem, routed: bool) -> String {
-    let blueprint = Blueprint::new(problem, routed);
+    let blueprint = Blueprint::new(problem, Cut::Even, routed);
     let element: ElemType = problem.element.into();
     let kernel = attend_kernel::create_dummy_kernel(
-        properties(),
+        Gpu::A100.properties(),
         target(),
-        CubeCount::Static(1, 1, 1),
+        ONE_CUBE,
         CubeDim::new_1d(PLANE * PLANES as u32),
+        buffer(),
         buffer(),
         buffer(),
         buffer(),
@@ -107,18 +35,7 @@ fn source(problem: &Problem, routed: bool) -> String {
         element,
         blueprint.width,
     );
-    let definition = cubecl::define_kernel(&kernel).expect("a kernel");
-    let supports_features = CppSupportedFeatures {
-        grid_constants: true,
-        clusters: false,
-        fast_math: true,
-        fast_tanh: true,
-        elect_sync: false,
-        dp4a: true,
-    };
-    let options = CompilationOptions { supports_features, ..Default::default() };
-    let compiled = CppCompiler::<Cuda>::default().compile(definition, &options);
-    compiled.expect("a kernel that CUDA C++ has words for").to_string()
+    Gpu::A100.compile(&kernel).expect("a kernel that CUDA C++ has words for")
 }
 
 #[test]
@@ -149,7 +66,7 @@ fn scores_are_dealt_to_lanes_without_a_rest() {
             for (group, query_len) in [(1, 1), (3, 1), (4, 2), (8, 16)] {
                 let problem = Problem::new([1, group, query_len, head_dim], [1, 1, 64, head_dim], element)
                     .expect("a possible problem");
-                let Blueprint { rows, width, lanes, loads, .. } = Blueprint::new(&problem, false);
+                let Blueprint { rows, width, lanes, loads, .. } = Blueprint::new(&problem, Cut::Even, false);
                 if head_dim / width < 2 || head_dim / width > 32 {
                     continue;
                 }
