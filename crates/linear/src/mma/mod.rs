@@ -1,10 +1,9 @@
 //! The routine for every NVIDIA GPU since Ampere, forward: products of a warp, asynchronous copies.
 //!
-//! Three launches: sums of chunks, what comes before each (the portable routine's), outputs; one more before them where a
-//! dispatch plan says which rows are written. Chunks are long, as many as
-//! there are multiprocessors: between them states go through memory in f32, within one a cube goes on from the state that it
-//! holds in registers, step by step. Operands of products are rounded to the inputs' type: features, weights, and what
-//! rows read of the state; sums are f32.
+//! Three launches: sums of chunks, what comes before each (the portable routine's), outputs; and one before them where a
+//! dispatch plan says which rows are written. Chunks are long, as many as there are multiprocessors: between them states go
+//! through memory in f32, within one a cube goes on from the state that it holds in registers, step by step. Operands of
+//! products are rounded to the inputs' type: features, weights, and what rows read of the state; sums are f32.
 
 mod blueprint;
 mod features;
