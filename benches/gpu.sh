@@ -19,7 +19,8 @@ mkdir -p results
 # A reduced suite under NVIDIA's checkers: stray accesses, then races in shared memory.
 for property in gates_equal_the_oracle plans_equal_the_oracle attention_equals_the_oracle aha_equals_the_oracle \
   packed_sequences_never_mix warpgroup_products_are_plain_sums gradients_equal_the_oracle \
-  selected_gradients_equal_the_oracle packed_gradients_equal_the_oracle; do
+  selected_gradients_equal_the_oracle packed_gradients_equal_the_oracle linear_attention_equals_the_oracle \
+  routed_linear_rows_equal_the_oracle predicted_masses_equal_the_oracle; do
   for tool in memcheck racecheck; do
     compute-sanitizer --tool "$tool" --error-exitcode 1 ./bifocal check --device cuda --cases 1 --only "$property"
   done
@@ -38,6 +39,12 @@ bench 64 --heads 16 --head-dim 64 --lengths 16384 --cases full,windowed
 bench 96 --heads 16 --head-dim 96 --lengths 16384 --cases full,windowed
 bench 256 --heads 16 --head-dim 256 --lengths 16384 --cases full,windowed
 bench 128-grouped --heads 32 --kv-heads 8 --head-dim 128 --lengths 32768 --cases full,router,aha
+
+# QAdA's decision and RATTENTION's far branch, and both by the routine for every device; then what they are part of.
+far=moments,moments-portable,linear,linear-portable
+bench 128-far --heads 16 --head-dim 128 --lengths 8192,32768 --window 1024 --cases full,windowed,$far,qada
+bench 128-far-grouped --heads 16 --kv-heads 4 --head-dim 128 --lengths 32768,131072 --window 512 --cases windowed,linear,rattention
+bench 64-far --heads 16 --kv-heads 4 --head-dim 64 --lengths 32768 --window 512 --cases windowed,$far,rattention
 
 # Ours, forward and backward, and the memory of it: twice the length is to take twice as much.
 attention=full,windowed,aha,aha-exact,l2a

@@ -40,7 +40,7 @@ pub(crate) struct Options {
     /// How the routes of AHA and L2A are drawn.
     #[arg(long, default_value = "random")]
     gates: Gates,
-    /// Cases to time; all that the routine asked for can run unless given.
+    /// Cases to time; all that the routine asked for can run unless given, but for those that are portable by name.
     #[arg(long, value_delimiter = ',')]
     cases: Vec<CaseName>,
     /// Time attention's forward and backward pass together; routers learn in aha-exact alone.
@@ -112,16 +112,18 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// All cases, but for RATTENTION where a routine is asked for that linear attention has no kernel of.
+/// All cases, but for linear attention where a routine is asked for that it has no kernel of.
 fn default_cases(options: &Options, client: &Client) -> Result<Vec<CaseName>> {
     let far = Rattention::new(Window::new(options.window)?).far();
     let problem = options.shape.problem(options.shape.lengths.first().copied().unwrap_or(1))?;
     let profile = DeviceProfile::of(client);
-    let back = |routine| !options.backward || far.supports_backward(routine, &problem, &profile).is_ok();
-    let runs = far.choose(&problem, &profile).is_ok() && problem.routine.is_none_or(back);
+    let runs = match options.backward {
+        true => far.choose_backward(&problem, &profile).is_ok(),
+        false => far.choose(&problem, &profile).is_ok(),
+    };
     // Nor is what moments do not know.
     let capped = options.shape.softcap.is_some();
-    let fits = |case: &CaseName| (*case != CaseName::Rattention || runs) && !(capped && case.knows_moments());
+    let fits = |case: &CaseName| (!case.has_states() || runs) && !(capped && case.knows_moments());
     Ok(CASES.into_iter().filter(fits).collect())
 }
 

@@ -137,7 +137,7 @@ fn decode_is_timed_by_the_bytes_that_it_needs() {
 #[test]
 fn memory_is_that_of_a_step_and_grows_with_its_length() {
     let folder = tempfile::tempdir().unwrap();
-    let cases = ["full", "aha", "aha-exact", "l2a", "rattention"];
+    let cases = ["full", "aha", "aha-exact", "l2a", "linear-portable", "rattention"];
     let bench = ["bench", "--backward", "--runs", "1", "--json", "-", "--cases", &cases.join(",")];
     let found = json(folder.path(), &[&bench[..], &SMALL[..]].concat());
     let of = |case: &str, length: u64| {
@@ -151,7 +151,7 @@ fn memory_is_that_of_a_step_and_grows_with_its_length() {
         let least = (4 + 4 + 2 + 2) as f64 * 128.0 * 32.0 * 4.0;
         let (short, long) = (of(case, 128), of(case, 256));
         assert!(short >= least, "{case}: {short} bytes, at least {least}");
-        // RATTENTION's states do not grow with the length.
+        // States do not grow with the length.
         assert!(long / short > 1.2 && long / short < 2.1, "{case}: {short}, {long}");
     }
     assert!(of("aha-exact", 256) > of("aha", 256), "the outputs of both branches are kept");

@@ -72,8 +72,6 @@ pub enum Refusal {
         /// The map.
         map: FeatureMap,
     },
-    /// The routine has no kernel for some of the rows: it computes them all.
-    RoutedRows,
     /// The softmax scale is not positive.
     Scale {
         /// The scale.
@@ -108,7 +106,6 @@ impl fmt::Display for Refusal {
             Refusal::Softcap => f.write_str("it has no kernel for capped scores"),
             Refusal::Decay => f.write_str("it has no kernel for a state that decays"),
             Refusal::FeatureMap { map } => write!(f, "it has no kernel for the feature map {map}"),
-            Refusal::RoutedRows => f.write_str("it has no kernel for the rows of a dispatch plan"),
             Refusal::Scale { scale } => write!(f, "softmax scale {scale} is not positive"),
             Refusal::Layout { tensor, layout } => write!(f, "{tensor} has {layout}"),
             Refusal::NotAsked => f.write_str("another routine was asked for"),

@@ -132,6 +132,14 @@ impl LinearAttention {
         self.first(|routine| self.supports(routine, problem, profile))
     }
 
+    /// The fastest routine that can run the backward pass of `problem`, and its steps of decoding.
+    ///
+    /// # Errors
+    /// As [`choose`](Self::choose).
+    pub fn choose_backward(&self, problem: &Problem, profile: &DeviceProfile) -> Result<Routine> {
+        self.first(|routine| self.supports_backward(routine, problem, profile))
+    }
+
     /// The routine that [`attend`](Self::attend) takes for these inputs: the fastest that can run the problem, that has a kernel
     /// for what the inputs have besides, and that can read and write memory laid out like theirs.
     ///
@@ -190,9 +198,8 @@ impl LinearAttention {
                 let blueprint = mma::blueprint(problem, self.map, &profile);
                 let blueprint = blueprint.map_err(|refusal| self.refused(vec![(Routine::Mma, refusal)]))?;
                 let chunk = |keys| self.chunk.or_else(|| Some(blueprint.chunk(problem, keys, &profile)));
-                for geometry in self.geometries(problem, inputs, chunk)? {
-                    mma::attend(client, inputs, &geometry, blueprint, out, &end);
-                }
+                let geometries = self.geometries(problem, inputs, chunk)?;
+                mma::attend(client, inputs, &geometries, blueprint, out, &end)?;
             }
             _ => {
                 for call in self.calls(client, problem, inputs)? {
@@ -229,7 +236,7 @@ impl LinearAttention {
             d_state.view().check(name, client, state_shape, Element::F32)?;
             d_state.view().check_contiguous(name)?;
         }
-        self.first_backward(client, problem)?;
+        self.choose_backward(problem, &DeviceProfile::of(client))?;
         let gradients = gradients.clone().cleared(client)?;
         let d_start = Tensor::empty(client, state_shape, Element::F32);
         for call in self.calls(client, problem, inputs)? {
@@ -267,7 +274,7 @@ impl LinearAttention {
         }
         state.check(client, self.state_shape(problem))?;
         check_out(client, problem, problem.out_shape(), out)?;
-        self.first_backward(client, problem)?;
+        self.choose_backward(problem, &DeviceProfile::of(client))?;
         portable::step(client, problem, self.map, query, left.as_ref(), state, out);
         Ok(())
     }
@@ -302,7 +309,7 @@ impl LinearAttention {
                 return Err(Error::TooLarge { what, size, limit });
             }
         }
-        self.first_backward(client, problem)?;
+        self.choose_backward(problem, &DeviceProfile::of(client))?;
         portable::meet(client, problem, self.map, query, summaries, out);
         Ok(())
     }
@@ -339,12 +346,6 @@ impl LinearAttention {
         }
     }
 
-    /// The routine of the backward pass, and of steps.
-    fn first_backward(&self, client: &Client, problem: &Problem) -> Result<Routine> {
-        let profile = DeviceProfile::of(client);
-        self.first(|routine| self.supports_backward(routine, problem, &profile))
-    }
-
     /// The shape of the states of these inputs.
     fn states_of(&self, problem: &Problem, inputs: &LinearInputs<'_>) -> [usize; 4] {
         let mut shape = self.state_shape(problem);
@@ -362,7 +363,7 @@ impl Summary for LinearAttention {
 
     /// One part: the [`State`] of a sequence.
     fn parts(&self, client: &Client, problem: &Problem) -> Result<Vec<usize>> {
-        self.first_backward(client, problem)?;
+        self.choose_backward(problem, &DeviceProfile::of(client))?;
         let Problem { kv_heads, head_dim, value_dim, .. } = *problem;
         Ok(vec![self.state_numbers([kv_heads, head_dim, value_dim])])
     }

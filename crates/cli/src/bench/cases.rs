@@ -20,13 +20,20 @@ pub(super) enum CaseName {
     L2a,
     /// QAdA's decision: moments of keys, and what they say of every row.
     Moments,
+    /// The same by the portable routine.
+    MomentsPortable,
     /// QAdA, decision, plan and merge included, with sinks, and with the threshold that sends the share of token-heads far.
     Qada,
+    /// RATTENTION's far branch alone: linear attention beyond the window.
+    Linear,
+    /// The same by the portable routine.
+    LinearPortable,
     /// RATTENTION: the window, linear attention beyond it, and the sum of their norms.
     Rattention,
 }
 
-pub(super) const CASES: [CaseName; 10] = [
+/// What is timed unless cases are given.
+pub(super) const CASES: [CaseName; 11] = [
     CaseName::Windowed,
     CaseName::Full,
     CaseName::Router,
@@ -36,6 +43,7 @@ pub(super) const CASES: [CaseName; 10] = [
     CaseName::L2a,
     CaseName::Moments,
     CaseName::Qada,
+    CaseName::Linear,
     CaseName::Rattention,
 ];
 
@@ -50,18 +58,31 @@ impl CaseName {
             CaseName::AhaExact => "aha-exact",
             CaseName::L2a => "l2a",
             CaseName::Moments => "moments",
+            CaseName::MomentsPortable => "moments-portable",
             CaseName::Qada => "qada",
+            CaseName::Linear => "linear",
+            CaseName::LinearPortable => "linear-portable",
             CaseName::Rattention => "rattention",
         }
     }
 
     /// Whether moments of keys decide something.
     pub(super) fn knows_moments(self) -> bool {
-        matches!(self, CaseName::Moments | CaseName::Qada)
+        matches!(self, CaseName::Moments | CaseName::MomentsPortable | CaseName::Qada)
+    }
+
+    /// Whether the far branch of RATTENTION is in it.
+    pub(super) fn has_states(self) -> bool {
+        matches!(self, CaseName::Linear | CaseName::LinearPortable | CaseName::Rattention)
+    }
+
+    /// Whether it is the portable routine's, whatever routine is asked for.
+    pub(super) fn is_portable(self) -> bool {
+        matches!(self, CaseName::MomentsPortable | CaseName::LinearPortable)
     }
 
     /// Whether it is attention, which has gradients.
     pub(super) fn attends(self) -> bool {
-        !matches!(self, CaseName::Router | CaseName::Plan | CaseName::Moments)
+        !matches!(self, CaseName::Router | CaseName::Plan | CaseName::Moments | CaseName::MomentsPortable)
     }
 }

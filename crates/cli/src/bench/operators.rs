@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use anyhow::Result;
 use bifocal::{
     Aha, AttentionOperator, DeviceProfile, Element, Full, Gradients, Inputs, L2a, LinearGate, LinearInputs,
-    MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Router, Rows, Saved,
-    Tensor, Window, Windowed,
+    MomentGate, Partial, Problem, Qada, RandomRouter, Rattention, RattentionInputs, Router, Routine, Rows,
+    Saved, Tensor, Window, Windowed,
     cubecl::{MemoryScope, client::Client},
 };
 use rand::{Rng, SeedableRng, rngs::SmallRng};
@@ -131,7 +131,7 @@ impl<'a> Bench<'a> {
         let by_token = self.by_token.route(client, hidden)?;
         let attend = |set: &Set, partial: &Partial| -> bifocal::Result<()> {
             let inputs = Inputs::new(set.query.view(), set.key.view(), set.value.view());
-            let problem = &self.problem;
+            let problem = &self.problem_of(case);
             let all = |operator: &dyn AttentionOperator| {
                 operator.attend(client, problem, &inputs, Rows::All, partial)?;
                 self.differentiate(set, partial, |saved, gradients| {
@@ -182,7 +182,7 @@ impl<'a> Bench<'a> {
                         Full.backward(client, problem, &inputs, rows, saved, &gradients).map(|_| ())
                     })
                 }
-                CaseName::Moments => {
+                CaseName::Moments | CaseName::MomentsPortable => {
                     let gate = self.qada.gate();
                     let predicted = gate.predict(client, problem, &inputs, None)?;
                     gate.decide(client, problem, self.partial.lse.view(), predicted).map(|_| ())
@@ -194,6 +194,22 @@ impl<'a> Bench<'a> {
                         let plan = bifocal::plan(client, problem, &decision.routes)?;
                         self.qada.backward(client, problem, &inputs, &plan, saved, gradients)
                     })
+                }
+                CaseName::Linear | CaseName::LinearPortable => {
+                    let far = Rattention::new(self.window).far();
+                    let inputs = LinearInputs::new(set.query.view(), set.key.view(), set.value.view());
+                    // As RATTENTION keeps it.
+                    let out = Tensor::empty(client, problem.out_shape(), Element::F32);
+                    let _state = far.attend(client, problem, &inputs, &out)?;
+                    let gradients = match self.options.backward {
+                        true => Some(Gradients::unset(client, problem, false)?),
+                        false => None,
+                    };
+                    if let Some(gradients) = &gradients {
+                        far.backward(client, problem, &inputs, set.d_out.view(), None, gradients)?;
+                    }
+                    self.look();
+                    Ok(())
                 }
                 CaseName::Rattention => {
                     let inputs = RattentionInputs {
@@ -222,8 +238,8 @@ impl<'a> Bench<'a> {
         let (median, fastest) = times(client, (cpu, self.options.runs), &self.sets, estimate, call)?;
         let memory = case.attends().then(|| {
             self.held(|| match case {
-                // The branch makes room for its outputs itself.
-                CaseName::L2a => call(&self.sets[0]),
+                // These make room for their outputs themselves.
+                CaseName::L2a | CaseName::Linear | CaseName::LinearPortable => call(&self.sets[0]),
                 _ => {
                     let partial = Partial::empty(client, &self.problem, self.problem.element);
                     attend(&self.sets[0], &partial)
@@ -280,16 +296,35 @@ impl<'a> Bench<'a> {
         format!("{}{backward}", case.name())
     }
 
-    /// What attention is computed by, forward and, if that is timed, backward.
+    /// The problem as the case asks for it.
+    fn problem_of(&self, case: CaseName) -> Problem {
+        if case.is_portable() { self.problem.with_routine(Routine::Portable) } else { self.problem }
+    }
+
+    /// What the case is computed by, forward and, if that is timed, backward: attention over a window or all, and what else it
+    /// has routines of.
     fn routine(&self, case: CaseName) -> Result<String> {
-        match case {
-            CaseName::Rattention => {
-                let far = Rattention::new(self.window).far();
-                let far = far.choose(&self.problem, &DeviceProfile::of(self.client))?;
-                Ok(format!("{} + {far}", self.routine))
-            }
-            _ => Ok(self.routine.clone()),
-        }
+        let (profile, problem) = (DeviceProfile::of(self.client), self.problem_of(case));
+        let Set { query, key, value, .. } = &self.sets[0];
+        let far = || -> Result<String> {
+            let far = Rattention::new(self.window).far();
+            let forward = far.choose(&problem, &profile)?;
+            Ok(match self.options.backward {
+                true => format!("{forward}, {}", far.choose_backward(&problem, &profile)?),
+                false => forward.to_string(),
+            })
+        };
+        let gate = || {
+            let inputs = Inputs::new(query.view(), key.view(), value.view());
+            self.qada.gate().routine(&problem, &profile, &inputs, None)
+        };
+        Ok(match case {
+            CaseName::Linear | CaseName::LinearPortable => far()?,
+            CaseName::Rattention => format!("{} + {}", self.routine, far()?),
+            CaseName::Moments | CaseName::MomentsPortable => gate()?.to_string(),
+            CaseName::Qada => format!("{} + {}", self.routine, gate()?),
+            _ => self.routine.clone(),
+        })
     }
 
     /// The backward pass, if it is timed: the products of outputs and their gradients, gradients to add to, and the

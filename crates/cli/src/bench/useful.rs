@@ -28,7 +28,8 @@ impl Bench<'_> {
             })
         };
         let computed = match case {
-            CaseName::Router | CaseName::Plan | CaseName::Moments => return None,
+            CaseName::Router | CaseName::Plan | CaseName::Moments | CaseName::MomentsPortable => return None,
+            CaseName::Linear | CaseName::LinearPortable => return Some(self.linear_flop()),
             CaseName::Windowed | CaseName::Rattention => sum(&|_, token| pairs(near, token as usize)),
             CaseName::Full => full(),
             CaseName::Aha => by_route(),
@@ -75,13 +76,16 @@ impl Bench<'_> {
         let (router, heads) = match case {
             CaseName::Plan | CaseName::Aha | CaseName::AhaExact => (&self.by_head, self.problem.heads),
             CaseName::L2a => (&self.by_token, 1),
-            CaseName::Moments | CaseName::Qada => {
+            CaseName::Moments | CaseName::MomentsPortable | CaseName::Qada => {
                 let far = self.decided.iter().filter(|&&route| route == 1).count();
                 return Some(far as f64 / self.decided.len() as f64);
             }
-            CaseName::Windowed | CaseName::Full | CaseName::Router | CaseName::Rattention => {
-                return None;
-            }
+            CaseName::Windowed
+            | CaseName::Full
+            | CaseName::Router
+            | CaseName::Linear
+            | CaseName::LinearPortable
+            | CaseName::Rattention => return None,
         };
         let (rows, tokens) = ((self.problem.batch * heads) as u32, self.problem.query_len as u32);
         let far = (0..rows)
@@ -120,11 +124,17 @@ impl Bench<'_> {
             CaseName::AhaExact if self.options.backward => attention + 5 * routes(heads),
             CaseName::AhaExact => attention + routes(heads),
             CaseName::L2a => attention + routes(1),
-            CaseName::Moments => {
+            CaseName::Moments | CaseName::MomentsPortable => {
                 let masses = 2 * routes(heads) * size_of::<f32>();
                 (size(&query.shape()) + size(&key.shape())) * element.size() + masses + routes(heads)
             }
             CaseName::Qada => attention,
+            CaseName::Linear | CaseName::LinearPortable => {
+                let far = inputs * element.size() + out * size_of::<f32>();
+                let state = size(&Rattention::new(self.window).far().state_shape(&self.problem));
+                let backward = inputs * (element.size() + size_of::<f32>()) + out * element.size();
+                far + state * size_of::<f32>() + if self.options.backward { backward } else { 0 }
+            }
             // Both branches read the same queries and keys here, as without rotary positions.
             CaseName::Rattention => attention,
         }

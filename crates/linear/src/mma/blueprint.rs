@@ -28,6 +28,8 @@ pub(crate) struct Blueprint {
     pub(super) tokens: usize,
     /// Whether outputs are `f32`; of the operand's type unless so.
     pub(super) out_f32: bool,
+    /// Whether marks say which rows are written.
+    pub(super) marked: bool,
 }
 
 impl Blueprint {
@@ -45,7 +47,8 @@ impl Blueprint {
             _ => &[(128, 32), (64, 32)],
         };
         let dim = problem.head_dim;
-        let blueprint = |&(rows, tokens): &_| Self { operand, dim, rows, tokens, out_f32: false };
+        let blueprint =
+            |&(rows, tokens): &_| Self { operand, dim, rows, tokens, out_f32: false, marked: false };
         // Columns are multiplied by sixteen.
         let takes = |found: &Self| found.columns() >= 16 && found.room_bytes() <= shared_memory;
         tiles.iter().map(blueprint).find(takes)
@@ -53,7 +56,7 @@ impl Blueprint {
 
     /// The same of the kernel that sums up chunks, which has no rows.
     pub(super) const fn of_sums(self) -> Self {
-        Self { rows: 0, tokens: SUM_TOKENS, out_f32: false, ..self }
+        Self { rows: 0, tokens: SUM_TOKENS, out_f32: false, marked: false, ..self }
     }
 
     /// Keys per chunk of `keys` that leave: as many cubes as run at once have one each.

@@ -17,7 +17,7 @@ use super::{
     features::map_rows,
     rows::Rows,
 };
-use crate::portable::{Strides, offset};
+use crate::portable::{INVALID_ROW, Strides, offset};
 
 /// The run-time numbers of a call. A query's index is the last key that it meets through the state.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]
@@ -39,6 +39,10 @@ pub(super) struct Numbers {
     /// The first query token, and key token, of the sequence among all that are packed.
     pub(super) first_query: u32,
     pub(super) first_key: u32,
+    /// Query tokens that there are, of all sequences that are packed.
+    pub(super) queries: u32,
+    /// What rows without a valid route give.
+    pub(super) nan: f32,
 }
 
 /// Keys or values of a list.
@@ -122,6 +126,28 @@ pub(super) fn sum_kernel<E: Float>(
     sums_of_chunk.store(global_address::<f32>(sums.as_ptr()), base, comptime![blueprint.sums()]);
 }
 
+/// Marks the packed rows that a dispatch plan lists: one unit, one place of a list.
+#[cube(launch_unchecked)]
+pub(super) fn mark_kernel(
+    rows: &[u32],
+    counts: &[u32],
+    marks: &mut [u32],
+    reach: u32,
+    lists: u32,
+    packed_rows: u32,
+) {
+    let list = ABSOLUTE_POS as u32 / packed_rows;
+    let place = ABSOLUTE_POS as u32 % packed_rows;
+    if list >= lists {
+        terminate!();
+    }
+    let listed = reach * lists + list;
+    if place < counts[listed as usize] {
+        let row = rows[(listed * packed_rows + place) as usize];
+        marks[(list * packed_rows + row % INVALID_ROW) as usize] = 1u32 + row / INVALID_ROW;
+    }
+}
+
 /// Rounds the state to where rows read it. Gives what they have to multiply by.
 #[cube]
 fn publish(state: &Sums, start: u32, #[comptime] blueprint: Blueprint) -> f32 {
@@ -148,6 +174,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     key: &[E],
     value: &[E],
     states: &[f32],
+    marks: &[u32],
     out: &mut [O],
     query_strides: Strides,
     key_strides: Strides,
@@ -189,6 +216,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
     let target = offset(&out_strides, batch, first_head, numbers.first_query) as u64
         * comptime![if blueprint.out_f32 { 4u64 } else { 2u64 }];
     let target = global_address::<O>(out.as_ptr()) + target;
+    let first_mark = (list * numbers.queries + numbers.first_query) * numbers.group;
     let query_room = start + comptime![blueprint.query_at()];
 
     queries.copy(0u32, 0u32, query_room, comptime![blueprint.queries()]);
@@ -231,7 +259,7 @@ pub(super) fn read_kernel<E: Float, O: Float>(
         rows.add_state(tile, start, descale, &queries, blueprint);
         sync_cube();
         rows.add_keys(tile, values, start, &queries, blueprint);
-        rows.store(step, tile, target, &queries, &out_strides, blueprint);
+        rows.store(step, tile, target, &queries, &out_strides, marks, first_mark, numbers.nan, blueprint);
         if last {
             if step + 1u32 < steps {
                 state.add_keys(start, values, comptime![blueprint.sums()]);

@@ -261,7 +261,8 @@ impl Rows {
         }
     }
 
-    /// Writes the outputs, those of the first head and token 0 to `target`.
+    /// Writes the outputs, those of the first head and token 0 to `target`; where rows have marks, from `first_mark` on, those
+    /// that are marked, and `nan` for those without a valid route.
     pub(super) fn store(
         &self,
         step: u32,
@@ -269,6 +270,9 @@ impl Rows {
         target: u64,
         queries: &Queries,
         strides: &Strides,
+        marks: &[u32],
+        first_mark: u32,
+        nan: f32,
         #[comptime] blueprint: Blueprint,
     ) {
         let columns = comptime![blueprint.columns() / 8];
@@ -279,15 +283,25 @@ impl Rows {
             let at = self.first + lane / 4u32 + comptime![row as u32 * 8];
             let to = queries.row(step, tile, at, comptime![blueprint.queries()]);
             let begin = offset(strides, 0u32, to.head, to.token) as u32 + first;
+            let mut mark = 1u32;
+            if comptime![blueprint.marked] {
+                mark = marks[(first_mark + to.token * queries.group + to.head) as usize];
+            }
+            let there = to.there && mark > 0u32;
+            let spoil = select(mark == 2u32, nan, 0.0f32);
             #[unroll]
             for pair in 0..comptime![columns / 2] {
-                let left = self.blocks[comptime![row / 2 * columns + pair * 2]];
-                let right = self.blocks[comptime![row / 2 * columns + pair * 2 + 1]];
+                let mut left = self.blocks[comptime![row / 2 * columns + pair * 2]];
+                let mut right = self.blocks[comptime![row / 2 * columns + pair * 2 + 1]];
+                if comptime![blueprint.marked] {
+                    left += Vector::new(spoil);
+                    right += Vector::new(spoil);
+                }
                 let at = comptime![row % 2 * 2];
                 if comptime![blueprint.out_f32] {
                     let target =
                         target + (begin + lane % 4u32 * 2u32 + comptime![pair as u32 * 16]) as u64 * 4u64;
-                    if to.there {
+                    if there {
                         store_pair(target, left.extract(at), left.extract(comptime![at + 1]));
                         store_pair(target + 32u64, right.extract(at), right.extract(comptime![at + 1]));
                     }
@@ -300,7 +314,7 @@ impl Rows {
                     let other = plane_shuffle_xor(select(odd, near, far), 1u32);
                     let column = lane % 2u32 * 8u32 + lane % 4u32 / 2u32 * 4u32;
                     let target = target + (begin + column + comptime![pair as u32 * 16]) as u64 * 2u64;
-                    if to.there {
+                    if there {
                         store_8(target, select(odd, other, near), select(odd, far, other));
                     }
                 }

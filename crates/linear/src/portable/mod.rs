@@ -24,7 +24,7 @@ use bifocal_core::{
 };
 use cubecl::client::Client;
 
-pub(crate) use self::numbers::{Strides, offset, strides};
+pub(crate) use self::numbers::{INVALID_ROW, Strides, offset, strides};
 use self::{
     features::norms_kernel,
     geometry::{Blueprint, Geometry, lanes, largest_divisor},

@@ -6,7 +6,7 @@ use cubecl::{prelude::*, server::Handle};
 use super::geometry::Geometry;
 
 /// The bit of a listed row that marks it as having no valid route.
-pub(super) const INVALID_ROW: u32 = 1 << 31;
+pub(crate) const INVALID_ROW: u32 = 1 << 31;
 
 /// Strides of a `[batch, head, token, dim]` tensor, in elements; the last is 1.
 #[derive(CubeType, CubeLaunch, Clone, Copy)]

@@ -572,6 +572,50 @@ fn linear_attention_of_what_it_cannot_do() {
     assert!(matches!(error, Error::Option { option: "the query length of a step", .. }), "{error}");
 }
 
+/// A profile of an H100, which is asked and not run on.
+fn hopper(client: &Client) -> DeviceProfile {
+    let mut profile = DeviceProfile::of(client);
+    (profile.cpu_cores, profile.cuda_arch, profile.plane_size) = (None, Some(90), (32, 32));
+    (profile.multiprocessors, profile.shared_memory) = (132, 227 << 10);
+    profile.elements = Element::FLOATS.to_vec();
+    profile
+}
+
+#[test]
+fn what_tensor_cores_refuse_is_portable_and_says_so() {
+    let client = cpu();
+    let profile = hopper(&client);
+    let qkv = Tensor::empty(&client, [1, 2, 8, 64], Element::Bf16);
+    let inputs = LinearInputs::new(qkv.view(), qkv.view(), qkv.view());
+    let problem = inputs.attention.problem().expect("a possible problem");
+    let out = tensor(&client, problem.out_shape());
+    let routine = |inputs: &LinearInputs<'_>| linear().routine(&problem, &profile, inputs, &out);
+    assert_eq!(routine(&inputs), Ok(Routine::Mma));
+    let sequences = Sequences::from_host(&client, &[0, 3, 8], &[0, 3, 8]).expect("possible lengths");
+    let mut packed = inputs;
+    packed.attention = inputs.attention.with_sequences(&sequences);
+    assert_eq!(routine(&packed), Ok(Routine::Mma));
+    let decays = tensor(&client, [1, 2, 8, 1]);
+    assert_eq!(routine(&inputs.with_log_decay(decays.view())), Ok(Routine::Portable));
+    let plan = bifocal::plan(&client, &problem, &far_routes(&client, [1, 2, 8], 2)).expect("a plan");
+    let planned = inputs.with_rows(plan.far_rows().expect("two reaches"));
+    assert_eq!(routine(&planned), Ok(Routine::Mma));
+    let asked = problem.with_routine(Routine::Mma);
+    let decaying = inputs.with_log_decay(decays.view());
+    let error = linear().routine(&asked, &profile, &decaying, &out).expect_err("a state that decays");
+    let Error::Refused { refusals, .. } = error else { panic!("{error}") };
+    assert!(refusals.0.contains(&(Routine::Mma, Refusal::Decay)), "{refusals}");
+    assert_eq!(linear().choose_backward(&problem, &profile), Ok(Routine::Portable));
+
+    let gate = MomentGate::new(Window::new(2).expect("a window"), 0.5).expect("a share");
+    let routine = |gate: MomentGate, given| gate.routine(&problem, &profile, &inputs.attention, given);
+    assert_eq!(routine(gate, None), Ok(Routine::Mma));
+    assert_eq!(routine(gate.with_covariance(Covariance::Diagonal), None), Ok(Routine::Portable));
+    let keys = tensor(&client, [1, 2, 8, 64]);
+    let moments = Moments::of(&client, keys.view(), 0..8, Covariance::Full).expect("moments");
+    assert_eq!(routine(gate, Some(&moments)), Ok(Routine::Portable));
+}
+
 #[test]
 fn states_that_do_not_fit_or_are_not_finite() {
     let client = cpu();

@@ -37,8 +37,8 @@ pub(super) struct Numbers {
     /// Keys per chunk, and chunks.
     pub(super) chunk: u32,
     pub(super) chunks: u32,
-    /// The key that differences are taken from.
-    pub(super) pivot: u32,
+    /// A quarter of the keys: see [`keys_of`].
+    pub(super) quarter: u32,
     /// The chunks of the queries' indices: how many, from which on (negative before the first).
     pub(super) segments: u32,
     pub(super) first_chunk: i32,
@@ -59,7 +59,8 @@ struct Keys {
     pivot: Array<f32>,
 }
 
-/// The keys of a list's chunk.
+/// The keys of a list's chunk. Differences are taken, channel by channel, from the middle one of three keys: any number will
+/// do, and a single key may be like no other, as the first of a sequence often is.
 #[cube]
 fn keys_of<E: Float>(
     key: &[E],
@@ -75,17 +76,25 @@ fn keys_of<E: Float>(
     let source = Source { address, stride: strides.token };
     let panels = comptime![blueprint.dim / PANEL];
     let mut pivot = Array::<f32>::new(comptime![panels * 8]);
-    let from = address + (numbers.pivot * strides.token) as u64 * 2u64 + (UNIT_POS % 8u32 * 16u32) as u64;
+    let step = (numbers.quarter * strides.token) as u64 * 2u64;
+    let from = address + step + (UNIT_POS % 8u32 * 16u32) as u64;
     #[unroll]
     for panel in 0..panels {
-        let words = load_16(from + comptime![(panel * SWIZZLE) as u64]);
+        let from = from + comptime![(panel * SWIZZLE) as u64];
+        let first = load_16(from);
+        let second = load_16(from + step);
+        let third = load_16(from + step + step);
         #[unroll]
         for i in 0..4usize {
-            let pair = unpack(words.extract(i), comptime![blueprint.operand]);
+            let a = unpack(first.extract(i), comptime![blueprint.operand]);
+            let b = unpack(second.extract(i), comptime![blueprint.operand]);
+            let c = unpack(third.extract(i), comptime![blueprint.operand]);
             #[unroll]
             for half in 0..2usize {
-                // Any number will do, but one that is not finite would reach rows whose bulk it is not in.
-                let x = pair.extract(half);
+                let low = min(a.extract(half), b.extract(half));
+                let high = max(a.extract(half), b.extract(half));
+                let x = max(low, min(high, c.extract(half)));
+                // One that is not finite would reach rows whose bulk it is not in.
                 pivot[comptime![panel * 8 + 2 * i + half]] = select(x.abs() <= f32::MAX, x, 0.0f32);
             }
         }
@@ -413,7 +422,7 @@ fn meet_sums(
 /// One cube, one chunk of a kv head, step by step: the predicted logarithm of the mass of the bulks that end in the step, from
 /// the sums before it and its keys; then the sums after it.
 ///
-/// Squares are summed up about a pivot, one of the keys, and brought to the mean in the end. Differences from it, and the
+/// Squares are summed up about a pivot, channels of some keys, and brought to the mean in the end. Differences from it, and the
 /// matrix, are multiplied in two parts each, as if they had twice the operand's digits; the step's own keys meet their rows as
 /// they are.
 #[cube(launch_unchecked, create_dummy_kernel)]

@@ -106,8 +106,7 @@ pub(super) fn predict(
             keys as u32,
             chunk as u32,
             chunks as u32,
-            // Any key of a bulk will do; the first of a sequence is often like no other.
-            (keys / 2) as u32,
+            (keys / 4) as u32,
             segments as u32,
             first_chunk as i32,
             offset as i32,
