@@ -65,7 +65,7 @@ pub(crate) struct Timing {
     /// Device memory that the call holds beside its inputs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) memory_bytes: Option<u64>,
-    /// Keys per chunk of a decode step.
+    /// Keys per chunk of a decode step that is cut in chunks.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) chunk: Option<usize>,
     /// The rate of useful bytes over what a copy of the cache reaches in the same run.

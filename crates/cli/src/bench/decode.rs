@@ -42,7 +42,7 @@ pub(crate) struct Options {
     /// Tokens per page; contiguous unless given.
     #[arg(long)]
     page_size: Option<usize>,
-    /// Keys per chunk of work; what the plan takes unless given.
+    /// Cut keys at every so many; dealt evenly unless given.
     #[arg(long)]
     chunk: Option<usize>,
     /// Cases to time, beside a copy; all unless given.
