@@ -246,6 +246,7 @@ impl<'a> Bench<'a> {
             chunk: None,
             share_of_copy: None,
             speedup: None,
+            replayed_ms: None,
         })
     }
 
