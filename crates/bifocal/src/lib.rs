@@ -65,8 +65,8 @@ pub use bifocal_core::{
     DeviceProfile, Element, Error, FeatureMap, Problem, Reach, Refusal, Refusals, Result, Routine, Window,
     device::{
         AttentionOperator, Before, Decision, Gradients, INVALID_ROUTE, Inputs, Partial, RouteGeometry,
-        RoutedRows, Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, open,
-        synchronise,
+        RoutedRows, Router, Routes, Rows, Saved, Sequences, Summaries, Summary, Tensor, TensorView, capture,
+        open, synchronise,
     },
 };
 pub use bifocal_dispatch::{

@@ -5,7 +5,8 @@
 //! window: a state of linear attention, moments of keys. A [`DecodePlan`] has room for the steps of one batch: in each it finds
 //! on the device, from routes and lengths, which keys every kv head needs, and deals them to the device's processors in
 //! proportion to their bytes, so that the one head that looks far is read by all of them. Grids and buffers do not
-//! depend on routes or lengths: a step that was captured in a graph may be replayed with new ones.
+//! depend on routes or lengths: a step that was [captured](bifocal_core::device::capture) in a graph may be replayed with new
+//! ones.
 //!
 //! [`DecodeRoutine`] says how: `mma` on tensor cores, `planes` where units run in planes of 32, `portable` everywhere.
 

@@ -2,7 +2,10 @@
 
 use bifocal_core::{
     DeviceProfile, Error, Refusal, Refusals, Result, Routine,
-    device::{RouteGeometry, Routes, TensorView, launch::grid},
+    device::{
+        RouteGeometry, Routes, TensorView,
+        launch::{grid, words},
+    },
 };
 use cubecl::{client::Client, prelude::*, server::Handle};
 
@@ -47,9 +50,23 @@ pub(crate) fn over_quads(
     Ok(grid(client, quads))
 }
 
-/// Room for routes, and counters that start at zero.
+/// Room for routes, and counters that start at zero. They are cleared on the device: not every graph can record an upload.
 pub(crate) fn outputs(client: &Client, geometry: RouteGeometry) -> Result<(Routes, Handle)> {
     let routes = Routes::from_device(client, geometry, client.empty(geometry.bytes()))?;
-    let counters = geometry.batch * geometry.heads * (geometry.reaches + 1);
-    Ok((routes, client.create_from_slice(&vec![0; counters * 4])))
+    let count = geometry.batch * geometry.heads * (geometry.reaches + 1);
+    let counters = client.empty(count * 4);
+    let (cubes, units) = grid(client, count);
+    // SAFETY: each unit checks its number against the counters there are.
+    unsafe {
+        clear_kernel::launch_unchecked(client, cubes, units, words(&counters), count as u32);
+    }
+    Ok((routes, counters))
+}
+
+/// One unit per counter.
+#[cube(launch_unchecked)]
+fn clear_kernel(counters: &mut [u32], count: u32) {
+    if ABSOLUTE_POS < count as usize {
+        counters[ABSOLUTE_POS] = 0u32;
+    }
 }

@@ -3,7 +3,8 @@
 //! [`LinearGate`] and [`LinearChoice`] learn it (AHA, L2A, multi-window AHA); [`FixedRouter`] and
 //! [`RandomRouter`] are controls and static hybrids. [`MomentGate`] has no weights: it asks [`Moments`] of keys what a query
 //! would miss (QAdA); a [`Calibration`] freezes what heads decide. Scores, routes and counts come out of one launch, or two where planes
-//! make the product worth one of its own, and nothing is read back. A NaN score gives [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
+//! make the product worth one of its own, after one that clears the counts, and nothing is read back. A NaN score gives
+//! [`INVALID_ROUTE`](bifocal_core::device::INVALID_ROUTE).
 
 mod assigned;
 mod calibration;

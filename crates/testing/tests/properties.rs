@@ -99,6 +99,7 @@ on_every_device! {
     neighbours_do_not_matter
     gates_flip_between_steps
     page_tables_are_read_anew
+    replays_equal_steps
     states_follow_their_cache
     moments_follow_their_cache
     decode_never_sees_what_it_should_not

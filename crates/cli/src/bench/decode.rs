@@ -238,7 +238,7 @@ impl<'a> Bench<'a> {
                 CaseName::Plan => timings.push(self.plan_alone()?),
                 _ => {
                     for call in self.calls(case)? {
-                        let (times, bytes) = self.attend(&call)?;
+                        let (times, replayed, bytes) = self.attend(&call)?;
                         if case == CaseName::Full {
                             dense = Some(times.median);
                         }
@@ -248,6 +248,7 @@ impl<'a> Bench<'a> {
                             far_share: call.far_share(),
                             share_of_copy: Some(rate(bytes, times.median) / copied),
                             speedup: dense.map(|dense| dense.as_secs_f64() / times.median.as_secs_f64()),
+                            replayed_ms: replayed.map(|replayed| milliseconds(replayed.median)),
                             ..self.timing(case.name(), times, bytes)
                         });
                     }
@@ -283,18 +284,36 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// Times a call, and counts the bytes that it needs: both per layer.
-    fn attend(&self, Call { steps, layers }: &Call) -> Result<(Times, usize)> {
-        let times = self.timed(|turn| {
+    /// Times a call as it is launched and, where the runtime has graphs, as it is replayed, and counts the bytes that it
+    /// needs: all per layer.
+    fn attend(&self, Call { steps, layers }: &Call) -> Result<(Times, Option<Times>, usize)> {
+        let launch = |turn: usize| {
             steps.iter().enumerate().try_for_each(|(at, Shown { reaches, gates })| {
                 // Layers have caches of their own, and so have L2A's branches.
                 let Turn { cache, batch, .. } = &self.turns[(turn + at) % self.turns.len()];
                 let step = self.step(reaches, gates.as_ref());
                 self.plan.attend(self.client, &cache.view(batch)?, &step, &self.partial)
             })
-        })?;
+        };
+        let per_layer = |times: Times| times / *layers as u32;
+        let times = per_layer(self.timed(launch)?);
+        let replayed = match self.options.device {
+            DeviceName::Cpu => None,
+            _ => Some(per_layer(self.replayed(launch)?)),
+        };
         let bytes: usize = steps.iter().map(|shown| self.bytes(shown)).sum();
-        Ok((times / *layers as u32, bytes / layers))
+        Ok((times, replayed, bytes / layers))
+    }
+
+    /// Times a call that is recorded once for each turn.
+    fn replayed(&self, call: impl Fn(usize) -> bifocal::Result<()> + Sync) -> Result<Times> {
+        let graph = |turn| bifocal::capture(self.client, || call(turn)).map(|(graph, ())| graph);
+        let graphs = (0..self.turns.len()).map(graph).collect::<bifocal::Result<Vec<_>>>()?;
+        self.timed(|turn| {
+            // SAFETY: what was recorded is the bench's, and it waits for the device before it writes or frees any of it.
+            let replayed = unsafe { graphs[turn].replay() };
+            replayed.map_err(|error| bifocal::Error::Runtime(error.to_string()))
+        })
     }
 
     fn router(&self) -> Result<Timing> {
@@ -327,7 +346,6 @@ impl<'a> Bench<'a> {
     }
 
     fn timing(&self, case: &str, times: Times, bytes: usize) -> Timing {
-        let milliseconds = |time: Duration| time.as_secs_f64() * 1e3;
         Timing {
             case: case.into(),
             length: self.length,
@@ -343,6 +361,7 @@ impl<'a> Bench<'a> {
             chunk: None,
             share_of_copy: None,
             speedup: None,
+            replayed_ms: None,
         }
     }
 
@@ -417,6 +436,10 @@ impl std::ops::Div<u32> for Times {
     }
 }
 
+fn milliseconds(time: Duration) -> f64 {
+    time.as_secs_f64() * 1e3
+}
+
 /// Bytes as GB/s.
 fn rate(bytes: usize, time: Duration) -> f64 {
     bytes as f64 / time.as_secs_f64() / 1e9
@@ -464,6 +487,7 @@ fn print(report: &Report) {
         "GB/s",
         "of copy",
         "speed-up",
+        "replayed ms",
     ]);
     for timing in &report.timings {
         let bytes = timing.useful_bytes.unwrap_or(0.0);
@@ -479,6 +503,7 @@ fn print(report: &Report) {
             format!("{:.1}", bytes / timing.median_ms / 1e6),
             timing.share_of_copy.map_or("-".to_string(), |share| format!("{:.0} %", share * 100.0)),
             timing.speedup.map_or("-".to_string(), |speedup| format!("{speedup:.2}")),
+            timing.replayed_ms.map_or("-".to_string(), |replayed| format!("{replayed:.4}")),
         ]);
     }
     println!("{table}");

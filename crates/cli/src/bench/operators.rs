@@ -262,6 +262,7 @@ impl<'a> Bench<'a> {
             chunk: None,
             share_of_copy: None,
             speedup: None,
+            replayed_ms: None,
         })
     }
 

@@ -227,6 +227,7 @@ pub(crate) mod tests {
             chunk: None,
             share_of_copy: None,
             speedup: None,
+            replayed_ms: None,
         }
     }
 

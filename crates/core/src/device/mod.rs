@@ -19,7 +19,10 @@ pub use sequences::Sequences;
 pub use summary::{SPAN, Summaries, Summary};
 pub use tensor::{Tensor, TensorView};
 
-use cubecl::client::Client;
+use cubecl::{
+    client::{Client, Graph},
+    server::ServerError,
+};
 
 use crate::{Error, Result};
 
@@ -55,4 +58,35 @@ pub fn open(name: &str) -> Result<Client> {
 pub fn synchronise(client: &Client) -> Result<()> {
     client.flush().map_err(|error| Error::Runtime(error.to_string()))?;
     cubecl::future::block_on(client.sync()).map_err(|error| Error::Runtime(error.to_string()))
+}
+
+/// Records what `call` launches, to be launched again by [`Graph::replay`]: the same kernels on the same buffers, with
+/// whatever is in these then. On NVIDIA GPUs that is one launch, on WebGPU the launches without their preparation.
+///
+/// `call` runs twice: first as ever, which compiles its kernels and finds their memory, then to be recorded, which computes
+/// nothing. What it returns the second time comes with the graph. It may take device memory, but neither upload nor
+/// wait for the device. Other threads wait until it is recorded.
+///
+/// A replay checks nothing. Until it is done, everything that `call` read or wrote has to live, and what is written and read
+/// between replays has to be so from the thread that recorded.
+///
+/// # Errors
+/// [`Error::Runtime`] where the runtime has no graphs (the CPU's), and when `call` does what cannot be recorded; those of
+/// `call`.
+pub fn capture<T: Send + 'static>(
+    client: &Client,
+    call: impl Fn() -> Result<T> + Send,
+) -> Result<(Graph, T)> {
+    let failed = |error: ServerError| Error::Runtime(error.to_string());
+    let recorded = client.exclusive(move || -> Result<(Graph, T)> {
+        client.graph_prepare().map_err(failed)?;
+        let warmed = call().map(drop);
+        let opened = warmed.and_then(|()| client.start_capture().map_err(failed));
+        let called = opened.and_then(|()| call());
+        // Whatever went wrong, nothing is recorded from here on.
+        let graph = client.stop_capture().map_err(failed);
+        let made = called?;
+        Ok((graph?, made))
+    });
+    recorded.map_err(failed)?
 }

@@ -225,6 +225,10 @@ impl DecodePlan {
 
     /// Computes one step into `partial`, every row of which is written.
     ///
+    /// It takes no memory and uploads nothing, so it can be [captured](bifocal_core::device::capture). What is checked here is
+    /// not checked by a replay, which reads lengths, page tables, routes and queries as they are then: no sequence may be empty or
+    /// longer than its layout's capacity, and a ring has to have what the reaches show.
+    ///
     /// # Errors
     /// [`Error::Shape`] and [`Error::Element`] when cache, queries, routes or partial are not those of the plan's problem, gates
     /// of another batch among them; as [`TensorView::check`] and [`Partial::check`]; [`Error::Option`] when routes choose

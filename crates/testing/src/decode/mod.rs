@@ -1,12 +1,20 @@
 //! What caches and decode steps satisfy.
 
+mod replays;
 mod scene;
 mod soak;
 mod steps;
 mod summaries;
 mod tables;
 
+use bifocal::DeviceProfile;
+
 use crate::{Property, everywhere};
+
+/// All runtimes but the CPU's record graphs.
+fn graphs(profile: &DeviceProfile) -> bool {
+    profile.cpu_cores.is_none()
+}
 
 pub(crate) const PROPERTIES: &[Property] = &[
     Property {
@@ -58,6 +66,14 @@ pub(crate) const PROPERTIES: &[Property] = &[
         applies: everywhere,
         one_in: 2,
         run: tables::page_tables_are_read_anew,
+    },
+    Property {
+        name: "replays_equal_steps",
+        claim: "a router and its step, captured once in a graph, give by new hidden states, queries, lengths and pages what they \
+                give when launched",
+        applies: graphs,
+        one_in: 2,
+        run: replays::replays_equal_steps,
     },
     Property {
         name: "states_follow_their_cache",

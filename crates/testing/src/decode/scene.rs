@@ -316,6 +316,12 @@ pub(super) fn overwrite(client: &Client, handle: &Handle, bytes: &[u8]) -> bifoc
     Ok(())
 }
 
+/// What a buffer holds.
+pub(super) fn bytes_of(client: &Client, handle: &Handle) -> bifocal::Result<Vec<u8>> {
+    let read = client.read_one(handle.clone());
+    read.map(|bytes| bytes.to_vec()).map_err(|error| bifocal::Error::Runtime(error.to_string()))
+}
+
 pub(super) fn joined(first: &Tokens, second: &Tokens) -> Tokens {
     let join = |a: &Array<f32, 3>, b: &Array<f32, 3>| {
         let [heads, before, dim] = a.shape();

@@ -2,14 +2,14 @@
 
 use bifocal::{
     Element, Partial, Routes, Tensor,
-    cubecl::{client::Client, server::Handle},
+    cubecl::client::Client,
     decode::{DecodePlan, PageTables, Reaches, Step},
 };
 use bifocal_reference::Array;
 use proptest::sample::select;
 use rand::{Rng, SeedableRng, rngs::SmallRng, seq::SliceRandom};
 
-use super::scene::{Scene, Tokens, overwrite, reach_by, routes_of, step_cases};
+use super::scene::{Scene, Tokens, bytes_of, overwrite, reach_by, routes_of, step_cases};
 use crate::{
     Device, Effort,
     compare::{Read, run},
@@ -71,11 +71,6 @@ impl Pages {
     }
 }
 
-/// What a buffer holds.
-fn bytes_of(client: &Client, handle: &Handle) -> Result<Vec<u8>, String> {
-    client.read_one(handle.clone()).map(|bytes| bytes.to_vec()).map_err(|error| error.to_string())
-}
-
 pub(super) fn page_tables_are_read_anew(device: &Device, effort: Effort) -> Result<(), String> {
     let client = &device.client;
     refute(effort, (step_cases(device), select(vec![1, 3, 16, 256])), |(step, page_size)| {
@@ -135,7 +130,7 @@ pub(super) fn page_tables_are_read_anew(device: &Device, effort: Effort) -> Resu
                 (fresh.3.handle(), kept.3.handle()),
             ];
             for (new, old) in buffers {
-                run(overwrite(client, old, &bytes_of(client, new)?))?;
+                run(bytes_of(client, new).and_then(|bytes| overwrite(client, old, &bytes)))?;
             }
             let replayed = attend(&kept.0, &kept.1, &kept.2, &kept.3)?;
             if !replayed.same_bits(&attend(&fresh.0, &fresh.1, &fresh.2, &fresh.3)?) {

@@ -220,6 +220,17 @@ fn what_a_ring_has_overwritten() {
     }
 }
 
+#[test]
+fn graphs_on_a_runtime_without_them() {
+    let client = cpu();
+    let failing = bifocal::capture(&client, || Err::<(), _>(Error::EmptyWindow)).map(|(_, made)| made);
+    assert_eq!(failing, Err(Error::EmptyWindow));
+    let refused = bifocal::capture(&client, || Ok(Tensor::<1>::empty(&client, [4], Element::F32)));
+    let error = refused.map(|_| ()).expect_err("the CPU runtime records no graphs");
+    assert!(error.to_string().contains("graph capture is not supported"), "{error}");
+    assert_eq!(tensor(&client, [1, 1, 1, 2]).to_f32(&client), Ok(vec![0.5, 0.5]));
+}
+
 /// A cache of one sequence that keeps a state of what leaves a window of 4, with a slack of 2.
 fn state_cache(client: &Client, layout: Layout) -> Result<LinearCache, Error> {
     let far = LinearAttention::beyond(Window::new(4).expect("a window"));
