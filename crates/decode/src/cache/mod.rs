@@ -376,11 +376,7 @@ impl KvCache {
     /// # Errors
     /// [`Error::UnknownSequence`]; [`Error::CacheFull`] when they share more pages here than are free there;
     /// [`Error::Overwritten`] for a ring with sinks that has gone round; [`Error::DeviceMismatch`].
-    pub fn fork_apart(
-        &self,
-        client: &Client,
-        sequences: &[SequenceId],
-    ) -> Result<(Self, Vec<SequenceId>)> {
+    pub fn fork_apart(&self, client: &Client, sequences: &[SequenceId]) -> Result<(Self, Vec<SequenceId>)> {
         self.check_device(client)?;
         let slots = self.slots(sequences)?;
         let mut apart = Self::new(client, self.shape, self.layout())?;

@@ -19,7 +19,10 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) enum Operation {
     Start,
-    Append { sequences: Vec<prop::sample::Index>, tokens: usize },
+    Append {
+        sequences: Vec<prop::sample::Index>,
+        tokens: usize,
+    },
     Fork(prop::sample::Index),
     Truncate(prop::sample::Index, prop::sample::Index),
     Free(prop::sample::Index),

@@ -339,7 +339,7 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
             let rows = case.heads() * query_len;
             let mut rng = SmallRng::seed_from_u64(case.seed ^ 4);
             let routes: Vec<u8> =
-                (0..live.len() * rows).map(|_| u8::from(!routed || rng.random())).collect();
+                (0..live.len() * rows).map(|_| u8::from(!routed || rng.random_bool(0.5))).collect();
             let geometry = run(RouteGeometry::new(live.len(), case.heads(), query_len, 2))?;
             let uploaded = run(Routes::from_host(client, geometry, &routes))?;
             let asked = RattentionQueries {
