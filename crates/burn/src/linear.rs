@@ -64,7 +64,7 @@ pub(crate) fn linear_attention_on(
     attend([query, key, value], LinearAttention::beyond(window), Some(routing))
 }
 
-/// What [`linear_attention_on`] gives, of the outputs `[B, H, T, Dv]` of every row, for a key and value of `kv_heads`.
+/// What [`linear_attention_on`] gives, out of the outputs `[B, H, T, Dv]` of every row over keys of `kv_heads`.
 pub(crate) fn routed_rows(
     place: &Place,
     far: Tensor<4>,
