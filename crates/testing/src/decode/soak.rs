@@ -120,16 +120,12 @@ impl Soak {
             }
             Operation::ForkApart => {
                 let mut model = self.model.clone();
-                let mut live = Vec::new();
-                for &(sequence, of_model) in &self.live {
-                    live.push((sequence, copy_of(&mut model, of_model)));
-                    model.free(of_model);
-                }
-                let ids: Vec<SequenceId> = self.live.iter().map(|&(sequence, _)| sequence).collect();
+                let (ids, originals): (Vec<SequenceId>, Vec<usize>) = self.live.iter().copied().unzip();
+                let copies: Vec<usize> = originals.iter().map(|&of| copy_of(&mut model, of)).collect();
+                originals.iter().for_each(|&of| model.free(of));
                 match self.cache.fork_apart(client, &ids) {
                     Ok((cache, forks)) => {
-                        let forked = live.into_iter().zip(forks);
-                        self.live = forked.map(|((_, of_model), fork)| (fork, of_model)).collect();
+                        self.live = forks.into_iter().zip(copies).collect();
                         (self.cache, self.model) = (cache, model);
                         None
                     }
