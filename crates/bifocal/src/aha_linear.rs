@@ -20,6 +20,8 @@ use crate::{
 /// The branches and their norms are [`Rattention`]'s: gates that are all open are RATTENTION, gates that are all closed its
 /// window alone. Rows whose gate is closed cost the portable routine nothing but the state, which is one for all; on tensor
 /// cores they are computed and left out.
+///
+/// A [`RattentionDecoder`](crate::decode::RattentionDecoder) of [`open`](Self::open) decodes, given routes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct AhaLinear {
     open: Rattention,

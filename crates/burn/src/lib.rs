@@ -7,8 +7,8 @@
 //! nothing to learn. [`route`] and [`selected_attention`] take routers and branches of your own.
 //! Modules hold the projections and the router around them: [`AhaAttention`], [`MultiWindowAttention`],
 //! [`L2aAttention`], [`AhaLinearAttention`]; [`QadaAttention`] routes without one, and [`RattentionAttention`], out of
-//! [`linear_attention`] and [`norm_sum`], and [`CausalAttention`] not at all. Each but [`AhaLinearAttention`] makes a
-//! [`LayerCache`], and goes on from it token by token.
+//! [`linear_attention`] and [`norm_sum`], and [`CausalAttention`] not at all. Each makes a [`LayerCache`], and goes on from it
+//! token by token.
 //!
 //! | Burn device | what runs | copies |
 //! |---|---|---|

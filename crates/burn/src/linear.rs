@@ -1,8 +1,8 @@
 //! RATTENTION's own parts: linear attention beyond a window, and the sum of two normed branches.
 
 use bifocal::{
-    Error, FeatureMap, Gradients, LinearAttention, LinearInputs, NormSum, NormSumGradients, Plan, Problem,
-    Result, Window, norm_sum_backward,
+    Element, Error, FeatureMap, Gradients, LinearAttention, LinearInputs, NormSum, NormSumGradients, Partial,
+    Plan, Problem, Result, Window, mask, norm_sum_backward,
 };
 use burn::tensor::{DType, Tensor};
 
@@ -62,6 +62,23 @@ pub(crate) fn linear_attention_on(
     routing: &Routing,
 ) -> Result<Tensor<4>> {
     attend([query, key, value], LinearAttention::beyond(window), Some(routing))
+}
+
+/// What [`linear_attention_on`] gives, out of the outputs `[B, H, T, Dv]` of every row over keys of `kv_heads`.
+pub(crate) fn routed_rows(
+    place: &Place,
+    far: Tensor<4>,
+    kv_heads: usize,
+    routing: &Routing,
+) -> Result<Tensor<4>> {
+    let client = place.client();
+    let [batch, _, tokens, dim] = far.dims();
+    let out = place.import("the far branch", far)?;
+    let problem = Problem::new(out.shape(), [batch, kv_heads, tokens, dim], out.element())?;
+    let lse = bifocal::Tensor::empty(client, problem.lse_shape(), Element::F32);
+    let partial = Partial { out, lse };
+    mask(client, &problem, &routing.decision().routes, routing.reaches() - 1, &partial)?;
+    place.export(partial.out)
 }
 
 fn attend(

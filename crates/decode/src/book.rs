@@ -138,18 +138,24 @@ impl Book {
         sequence.kept_from = sequence.kept_from.max(from);
     }
 
-    /// Takes back all tokens but the first `length`.
-    pub(crate) fn truncate(&mut self, slot: usize, length: usize) -> Result<Orders> {
-        let Layout { page_size, window, .. } = self.layout;
+    /// Checks that all tokens but the first `length` can be taken back.
+    pub(crate) fn check_truncate(&self, slot: usize, length: usize) -> Result<()> {
         let sequence = self.sequence(slot);
         if length > sequence.length {
             let expected = format!("at most the {} that the sequence has", sequence.length);
             return Err(Error::option("length to truncate to", length, expected));
         }
-        let (kept_from, needed) = (sequence.kept_from, (length + 1).saturating_sub(window));
+        let (kept_from, needed) = (sequence.kept_from, (length + 1).saturating_sub(self.layout.window));
         if length > 0 && needed < kept_from {
             return Err(Error::Overwritten { needed, first: kept_from });
         }
+        Ok(())
+    }
+
+    /// Takes back all tokens but the first `length`.
+    pub(crate) fn truncate(&mut self, slot: usize, length: usize) -> Result<Orders> {
+        self.check_truncate(slot, length)?;
+        let (page_size, kept_from) = (self.layout.page_size, self.kept_from(slot));
         // A ring that has gone round holds all its pages until nothing is left.
         let first = match (length, kept_from) {
             (0, _) | (_, 0) => length.div_ceil(page_size),

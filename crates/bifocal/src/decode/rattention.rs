@@ -1,15 +1,16 @@
 use bifocal_core::{
     Element, Error, Problem, Reach, Result,
-    device::{AttentionOperator, Partial, Tensor, TensorView},
+    device::{AttentionOperator, Partial, Routes, Tensor, TensorView},
 };
+use bifocal_dispatch::mask;
 use bifocal_linear::norm_sum;
 use cubecl::client::Client;
 
 use super::{Batch, DecodePlan, LinearCache, Reaches, Step};
-use crate::Rattention;
+use crate::{Rattention, select::one_each};
 
 /// RATTENTION's decode steps for one batch: the window by a [`DecodePlan`], what left it by the states of a [`LinearCache`] and
-/// by the few keys that these lack.
+/// by the few keys that these lack. With routes they are those of [`AhaLinear`](crate::AhaLinear), over the same cache.
 ///
 /// ```
 /// use bifocal::{
@@ -37,6 +38,7 @@ use crate::Rattention;
 ///     far: query.view(),
 ///     near_scale: scale.view(),
 ///     far_scale: scale.view(),
+///     routes: None,
 /// };
 /// let out = Tensor::empty(&client, problem.out_shape(), Element::F32);
 /// decoder.step(&client, &cache, &batch, &queries, &out)?;
@@ -61,6 +63,9 @@ pub struct RattentionQueries<'a> {
     pub near_scale: TensorView<'a, 2>,
     /// `[H, Dv]`, `f32`: the scale of the far branch's norm.
     pub far_scale: TensorView<'a, 2>,
+    /// `[B, R, Tq]` of two reaches, with R = 1, Hk or H: the far branch is added to the rows whose route is the second. To all
+    /// rows without them.
+    pub routes: Option<&'a Routes>,
 }
 
 impl RattentionDecoder {
@@ -73,11 +78,12 @@ impl RattentionDecoder {
         Ok(Self { system, plan: DecodePlan::new(client, problem)?, window: Reaches::one(client, window)? })
     }
 
-    /// One step of up to 16 queries per sequence: writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type.
+    /// One step of up to 16 queries per sequence: writes `out` `[B, H, Tq, Dv]`, `f32` or of the problem's element type. Rows
+    /// without a valid route become NaN.
     ///
     /// # Errors
-    /// [`Error::Option`] for a cache of another window or feature map; as [`DecodePlan::attend`], [`SummaryCache::summaries`](super::SummaryCache::summaries),
-    /// [`LinearAttention::meet`](crate::LinearAttention::meet) and [`norm_sum`].
+    /// As [`branches`](Self::branches) and [`norm_sum`]; [`Error::Option`] for routes of other than two reaches, and
+    /// [`Error::Shape`] for those of other rows.
     pub fn step(
         &self,
         client: &Client,
@@ -86,18 +92,47 @@ impl RattentionDecoder {
         queries: &RattentionQueries<'_>,
         out: &Tensor<4>,
     ) -> Result<()> {
+        let problem = self.plan.problem();
+        let [near, far] = self.branches(client, cache, batch, [queries.near, queries.far])?;
+        let far = match queries.routes {
+            Some(routes) => {
+                one_each(routes.geometry().reaches, 2)?;
+                let lse = Tensor::empty(client, problem.lse_shape(), Element::F32);
+                let partial = Partial { out: far, lse };
+                mask(client, problem, routes, 1, &partial)?;
+                partial.out
+            }
+            None => far,
+        };
+        let scales = [queries.near_scale, queries.far_scale];
+        norm_sum(client, problem, &self.system.norms(&near, &far, scales), out)
+    }
+
+    /// Both branches of a step, for all of its rows and before their norms: the near one's outputs `[B, H, Tq, Dv]` in the
+    /// problem's element type, the far one's in `f32`. Queries are [`near`](RattentionQueries::near) and
+    /// [`far`](RattentionQueries::far).
+    ///
+    /// # Errors
+    /// [`Error::Option`] for a cache of another window or feature map; as [`DecodePlan::attend`], [`SummaryCache::summaries`](super::SummaryCache::summaries)
+    /// and [`LinearAttention::meet`](crate::LinearAttention::meet).
+    pub fn branches(
+        &self,
+        client: &Client,
+        cache: &LinearCache,
+        batch: &Batch,
+        [near_query, far_query]: [TensorView<'_, 4>; 2],
+    ) -> Result<[Tensor<4>; 2]> {
         let (problem, system) = (self.plan.problem(), &self.system);
         if *cache.summary() != system.far() {
             let expected = format!("{:?}", system.far());
             return Err(Error::option("the state of a cache", format!("{:?}", cache.summary()), expected));
         }
         let near = Partial::empty(client, problem, problem.element);
-        let step = Step::new(queries.near, &self.window);
+        let step = Step::new(near_query, &self.window);
         self.plan.attend(client, &cache.kv().view(batch)?, &step, &near)?;
         let summaries = cache.summaries(client, batch, problem.query_len)?;
         let far = Tensor::empty(client, problem.out_shape(), Element::F32);
-        system.far().meet(client, problem, queries.far, &summaries, &far)?;
-        let scales = [queries.near_scale, queries.far_scale];
-        norm_sum(client, problem, &system.norms(&near.out, &far, scales), out)
+        system.far().meet(client, problem, far_query, &summaries, &far)?;
+        Ok([near.out, far])
     }
 }

@@ -2,9 +2,9 @@
 
 mod qada;
 mod rattention;
-mod recent;
 mod selected;
 mod store;
+mod summed;
 
 use bifocal::{Error, MomentGate, Problem, Reach, Result, Window, decode::KvShape};
 use burn::{nn::RotaryEncoding, tensor::Tensor};
@@ -17,7 +17,8 @@ use crate::{
 
 /// What one layer remembers of a batch of sequences: keys and values, and whatever else its kind of attention needs for the
 /// next tokens. Made by a module's `cache`, for its `forward_cached`, which appends: every call takes the next tokens of every
-/// sequence, a prompt or a single one, and gives what a forward pass over all tokens gives for them.
+/// sequence, a prompt or a single one, and gives what a forward pass over all tokens gives for them. [`truncate`](Self::truncate)
+/// takes tokens back, [`fork`](Self::fork) goes on in two ways, [`reset`](Self::reset) starts anew.
 ///
 /// | module | what is kept |
 /// |---|---|
@@ -25,13 +26,14 @@ use crate::{
 /// | without one, [`AhaAttention`](crate::AhaAttention), [`MultiWindowAttention`](crate::MultiWindowAttention) | keys and values, `capacity` of them |
 /// | [`L2aAttention`](crate::L2aAttention) | a ring for the local sub-layer, `capacity` keys and values for the global one |
 /// | [`QadaAttention`](crate::QadaAttention) | `capacity` keys and values, and the moments of keys that have left the window |
-/// | [`RattentionAttention`](crate::RattentionAttention) | a ring, and the linear branch's state |
+/// | [`RattentionAttention`](crate::RattentionAttention), [`AhaLinearAttention`](crate::AhaLinearAttention) | a ring, and the linear branch's state |
 ///
 /// Up to 16 tokens after the first are a step of [`bifocal::decode`], whose cost is that of the keys that their routes show. More
 /// of them, and the first ones, run the operators of the forward pass.
 ///
 /// A cache is for inference: there is no gradient through it, and a device with autodiff is an error. Arguments are checked
-/// before anything changes. When the device refuses or fails halfway, the cache is left unfit, and later calls say so.
+/// before anything changes. When the device refuses or fails halfway, the cache is left unfit, and later calls say so until
+/// it is truncated to the [`tokens`](Self::tokens) that it had, or further.
 ///
 /// ```
 /// use bifocal_burn::AhaAttentionConfig;
@@ -44,6 +46,13 @@ use crate::{
 /// attention.forward_cached(hidden.clone().narrow(1, 0, 19), &mut cache)?;
 /// let last = attention.forward_cached(hidden.narrow(1, 19, 1), &mut cache)?;
 /// assert_eq!((last.output.dims(), cache.tokens()), ([1, 1, 32], 20));
+///
+/// // Two guesses of a draft model, of which the first is right.
+/// let guesses = Tensor::<3>::random([1, 2, 32], Distribution::Default, &device);
+/// attention.forward_cached(guesses, &mut cache)?;
+/// cache.truncate(21)?;
+/// let other = cache.fork()?;
+/// assert_eq!((cache.tokens(), other.tokens()), (21, 21));
 /// # Ok::<(), bifocal_burn::Error>(())
 /// ```
 #[derive(Debug)]
@@ -64,6 +73,7 @@ enum Parts {
     /// L2A's local and global sub-layer.
     InSeries([Selected; 2]),
     Qada(QadaCache),
+    /// A window and a linear state, of AHA over a linear far branch as well.
     Rattention(RattentionCache),
 }
 
@@ -103,6 +113,7 @@ impl LayerCache {
         })
     }
 
+    /// RATTENTION's, and that of AHA over a linear far branch.
     pub(crate) fn rattention(projections: &Projections, window: Window, size: [usize; 2]) -> Result<Self> {
         Self::with(projections, size, |place, shape, size| {
             Ok(Parts::Rattention(RattentionCache::new(place, shape, size, window)?))
@@ -142,14 +153,83 @@ impl LayerCache {
         self.batch
     }
 
-    /// Bytes of device memory for keys, values and states.
+    /// Bytes of device memory for keys, values and states, whether there are tokens yet or not.
     pub fn bytes(&self) -> usize {
         match &self.parts {
-            Parts::Selected(selected) => selected.bytes(),
-            Parts::InSeries(parts) => parts.iter().map(Selected::bytes).sum(),
-            Parts::Qada(qada) => qada.bytes(),
-            Parts::Rattention(rattention) => rattention.bytes(),
+            Parts::Selected(selected) => selected.store.bytes(),
+            Parts::InSeries(parts) => parts.iter().map(|part| part.store.bytes()).sum(),
+            Parts::Qada(qada) => qada.cache.bytes(),
+            Parts::Rattention(rattention) => rattention.cache.bytes(),
         }
+    }
+
+    /// Another cache with the same tokens: what goes on in one does not change the other. It takes as much memory again, and copies
+    /// on the device the keys, values and states that are there.
+    ///
+    /// # Errors
+    /// [`Error::Option`] after a step that failed.
+    pub fn fork(&self) -> Result<Self> {
+        self.check_whole()?;
+        let Self { ref place, batch, capacity, tokens, .. } = *self;
+        let parts = match &self.parts {
+            Parts::Selected(selected) => Parts::Selected(selected.fork(place)?),
+            Parts::InSeries([local, global]) => Parts::InSeries([local.fork(place)?, global.fork(place)?]),
+            Parts::Qada(qada) => Parts::Qada(qada.fork(place)?),
+            Parts::Rattention(rattention) => Parts::Rattention(rattention.fork(place)?),
+        };
+        Ok(Self { place: place.clone(), batch, capacity, tokens, parts })
+    }
+
+    /// Takes back all tokens of every sequence but the first `tokens`, such as a draft model's guesses that were rejected. What
+    /// comes next is as if they had never come; only sums over keys that were summed up since may be rounded otherwise.
+    ///
+    /// Where keys leave a ring, the last 16 tokens can be taken back at any time, further ones as long as nothing that is needed
+    /// again was overwritten, and all of them ([`reset`](Self::reset)). Other caches go back to anywhere.
+    ///
+    /// # Errors
+    /// [`Error::Option`] when there are fewer tokens; [`Error::Overwritten`] and [`Error::SummedUp`] when a ring has no longer
+    /// what the next token would see. The cache is then as it was.
+    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
+        self.check_truncate(tokens)?;
+        let place = &self.place;
+        match &mut self.parts {
+            Parts::Selected(selected) => selected.store.truncate(place, tokens)?,
+            Parts::InSeries(parts) => {
+                parts.iter_mut().try_for_each(|part| part.store.truncate(place, tokens))?
+            }
+            Parts::Qada(qada) => qada.truncate(place, tokens)?,
+            Parts::Rattention(rattention) => rattention.truncate(place, tokens)?,
+        }
+        self.tokens = tokens;
+        Ok(())
+    }
+
+    /// Checks all that [`truncate`](Self::truncate) does: the caches of a model's layers are so truncated all or none.
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate).
+    pub fn check_truncate(&self, tokens: usize) -> Result<()> {
+        if tokens > self.tokens {
+            let expected = format!("at most the {} that the cache has", self.tokens);
+            return Err(Error::option("tokens to truncate to", tokens, expected));
+        }
+        let place = &self.place;
+        match &self.parts {
+            Parts::Selected(selected) => selected.store.check_truncate(place, tokens),
+            Parts::InSeries(parts) => {
+                parts.iter().try_for_each(|part| part.store.check_truncate(place, tokens))
+            }
+            Parts::Qada(qada) => qada.check_truncate(place, tokens),
+            Parts::Rattention(rattention) => rattention.check_truncate(place, tokens),
+        }
+    }
+
+    /// Takes back every token: other sequences begin in the same memory.
+    ///
+    /// # Errors
+    /// Those of the device.
+    pub fn reset(&mut self) -> Result<()> {
+        self.truncate(0)
     }
 
     /// Checks that `hidden [B, T, M]` may be the next tokens, for these projections and this table of rotary positions. Gives
@@ -192,16 +272,24 @@ impl LayerCache {
         if size > limit {
             return Err(Error::TooLarge { what: "tokens in a sequence of the cache", size, limit });
         }
+        self.check_whole()
+    }
+
+    /// Checks that all parts have the same tokens.
+    fn check_whole(&self) -> Result<()> {
         let held = match &self.parts {
-            Parts::Selected(selected) => [selected.tokens()?; 2],
-            Parts::InSeries([local, global]) => [local.tokens()?, global.tokens()?],
+            Parts::Selected(selected) => [selected.store.tokens()?; 2],
+            Parts::InSeries([local, global]) => [local.store.tokens()?, global.store.tokens()?],
             Parts::Qada(qada) => [qada.tokens()?; 2],
             Parts::Rattention(rattention) => [rattention.tokens()?; 2],
         };
-        if held != [self.tokens; 2] {
-            return Err(Error::option("the cache", "left by a step that failed", "a new one"));
+        match held == [self.tokens; 2] {
+            true => Ok(()),
+            false => {
+                let expected = "one that is truncated to the tokens before it";
+                Err(Error::option("the cache", "left by a step that failed", expected))
+            }
         }
-        Ok(())
     }
 
     /// Attends as the next tokens of every sequence: query `[B, H, T, D]`, key and value `[B, Hk, T, D]`, in their positions
@@ -301,18 +389,20 @@ impl LayerCache {
         Ok(attended)
     }
 
-    /// RATTENTION's near and far branch: `near` rotated, `far` query and key as they were before.
+    /// RATTENTION's near and far branch: `near` rotated, `far` query and key as they were before; the far branch on the rows that
+    /// `routing` sends there, or on all.
     pub(crate) fn attend_near_and_far(
         &mut self,
         window: Window,
         near: [Tensor<4>; 3],
         far: [Tensor<4>; 2],
+        routing: Option<&Routing>,
         options: &AttentionOptions,
     ) -> Result<[Tensor<4>; 2]> {
         let Parts::Rattention(rattention) = &mut self.parts else { return Err(self.other_kind()) };
         rattention.check(window)?;
         let [_, _, tokens, _] = near[0].dims();
-        let attended = rattention.attend(&self.place, near, far, options)?;
+        let attended = rattention.attend(&self.place, near, far, routing, options)?;
         self.tokens += tokens;
         Ok(attended)
     }
@@ -322,7 +412,7 @@ impl LayerCache {
             Parts::Selected(_) => "one of an attention that selects by routes",
             Parts::InSeries(_) => "one of L2A",
             Parts::Qada(_) => "one of QAdA",
-            Parts::Rattention(_) => "one of RATTENTION",
+            Parts::Rattention(_) => "one of a window and a linear branch",
         };
         Error::option("the cache", found, "one that a layer of this kind has made")
     }

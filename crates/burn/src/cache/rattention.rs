@@ -1,105 +1,103 @@
 use bifocal::{
-    LeavingKey, LinearAttention, LinearInputs, Problem, Reach, Result, State, Window, decode::KvShape,
+    Error, LinearAttention, Problem, Rattention, Result, Summary, Window,
+    decode::{KvShape, Layout, LinearCache, MAX_QUERIES, RattentionDecoder},
 };
 use burn::tensor::Tensor;
 
-use super::{recent::Recent, selected::Selected};
-use crate::{AttentionOptions, place::Place, system::room_like};
+use super::{
+    store::ring,
+    summed::{SLACK, Summed},
+};
+use crate::{
+    AttentionOptions, Routing,
+    linear::{linear_attention, linear_attention_on, routed_rows},
+    place::Place,
+    windowed_attention,
+};
 
-/// RATTENTION's window, and the state of all that has left it: constant in size, whatever the context.
-#[derive(Debug)]
-pub(super) struct RattentionCache {
-    near: Selected,
-    window: Window,
-    /// Keys of the window as the far branch reads them, before rotary positions and norms, and their values.
-    keys: Recent,
-    values: Recent,
-    /// What the last query met; none before the first token.
-    state: Option<State>,
-}
+/// A window, and the state of all that has left it: constant in size, whatever the context. RATTENTION's, and AHA's over a linear
+/// far branch.
+pub(super) type RattentionCache = Summed<LinearAttention, RattentionDecoder>;
 
 impl RattentionCache {
     pub(super) fn new(place: &Place, shape: KvShape, size: [usize; 2], window: Window) -> Result<Self> {
-        let recent = || Recent::new(window.keys() as usize);
-        Ok(Self {
-            near: Selected::new(place, shape, size, &[Some(Reach::Window(window))])?,
-            window,
-            keys: recent(),
-            values: recent(),
-            state: None,
-        })
+        let client = place.client();
+        let layout = match ring(size, window, 2 * SLACK)? {
+            Some(ring) => ring,
+            None => Layout::contiguous(size[0], size[1])?,
+        };
+        let far = LinearAttention::beyond(window);
+        Self::start(place, LinearCache::new(client, far, shape, layout, SLACK)?.with_plain_keys(client)?)
     }
 
-    pub(super) fn tokens(&self) -> Result<usize> {
-        self.near.tokens()
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        let state = self.state.as_ref().map_or(0, |state| state.shape().iter().product::<usize>() * 4);
-        self.near.bytes() + self.keys.bytes() + self.values.bytes() + state
-    }
-
+    /// Checks that rows are asked to see what this was made for.
     pub(super) fn check(&self, window: Window) -> Result<()> {
-        self.near.check(&[Some(Reach::Window(window))], None)
+        let (made_for, far) = (self.cache.summary().reach(), LinearAttention::beyond(window).reach());
+        match made_for == far {
+            true => Ok(()),
+            false => {
+                let expected = format!("{made_for}, which the cache was made for");
+                Err(Error::option("far reach of a step", far, expected))
+            }
+        }
     }
 
     /// Appends keys and values, and attends: the near branch by rotated query and key, the far branch by `[query, key]` as
-    /// they were before.
+    /// they were before, on the rows that `routing` sends there.
     pub(super) fn attend(
         &mut self,
         place: &Place,
         near: [Tensor<4>; 3],
         far: [Tensor<4>; 2],
+        routing: Option<&Routing>,
         options: &AttentionOptions,
     ) -> Result<[Tensor<4>; 2]> {
-        let value = near[2].clone();
-        let near = self.near.attend(place, near, None, options)?;
-        Ok([near, self.linear(place, far, value)?])
+        let [_, kv_heads, tokens, _] = near[1].dims();
+        if self.tokens()? == 0 {
+            let (window, _) = self.cache.summary().outside();
+            let ([query, key, value], [far_query, far_key]) = (near, far);
+            self.append(place, [&key, &value], Some(&far_key))?;
+            let near = windowed_attention(query, key, value.clone(), window, options)?;
+            let far = match routing {
+                Some(routing) => linear_attention_on(far_query, far_key, value, window, routing)?,
+                None => linear_attention(far_query, far_key, value, window)?,
+            };
+            return Ok([near, far]);
+        }
+        // A longer chunk would overwrite what its first queries see.
+        let mut outs = [Vec::new(), Vec::new()];
+        for start in (0..tokens).step_by(MAX_QUERIES) {
+            let length = MAX_QUERIES.min(tokens - start);
+            let part = |tensor: &Tensor<4>| tensor.clone().narrow(2, start, length);
+            let branches = self.step(place, near.each_ref().map(part), far.each_ref().map(part), options)?;
+            for (outs, branch) in outs.iter_mut().zip(branches) {
+                outs.push(branch);
+            }
+        }
+        let [near, far] = outs.map(|parts| Tensor::cat(parts, 2));
+        let far = match routing {
+            Some(routing) => routed_rows(place, far, kv_heads, routing)?,
+            None => far,
+        };
+        Ok([near, far])
     }
 
-    fn linear(&mut self, place: &Place, [query, key]: [Tensor<4>; 2], value: Tensor<4>) -> Result<Tensor<4>> {
-        let client = place.client();
-        let operator = LinearAttention::beyond(self.window);
-        let [_, _, tokens, _] = query.dims();
+    /// A decode step: both branches of every row.
+    fn step(
+        &mut self,
+        place: &Place,
+        [query, key, value]: [Tensor<4>; 3],
+        [far_query, far_key]: [Tensor<4>; 2],
+        options: &AttentionOptions,
+    ) -> Result<[Tensor<4>; 2]> {
+        self.append(place, [&key, &value], Some(&far_key))?;
+        let (client, dtype) = (place.client(), query.dtype());
+        let (window, _) = self.cache.summary().outside();
         let query = place.import("query", query)?;
-        let (keys, values) = (self.keys.followed_by(key.clone()), self.values.followed_by(value.clone()));
-        let out = match &self.state {
-            Some(state) if tokens == 1 => {
-                let left = match (self.keys.leaving(), self.values.leaving()) {
-                    (Some(key), Some(value)) => Some([
-                        place.import("the key that leaves", key)?,
-                        place.import("the value that leaves", value)?,
-                    ]),
-                    _ => None,
-                };
-                let left = left.as_ref().map(|[key, value]| LeavingKey {
-                    key: key.view(),
-                    value: value.view(),
-                    log_decay: None,
-                });
-                let [_, _, _, value_dim] = value.dims();
-                let problem = Problem::new(query.shape(), key.dims(), query.element())?;
-                let problem = problem.with_value_dim(value_dim)?;
-                let out = room_like(client, &problem, query.strides());
-                operator.step(client, &problem, query.view(), left, state, &out)?;
-                out
-            }
-            state => {
-                // The state lacks the keys of the window: they come once more.
-                let key = place.import("key", keys.clone())?;
-                let value = place.import("value", values.clone())?;
-                let mut inputs = LinearInputs::new(query.view(), key.view(), value.view());
-                if let Some(state) = state {
-                    inputs = inputs.with_state(state);
-                }
-                let problem = inputs.attention.problem()?;
-                let out = room_like(client, &problem, query.strides());
-                self.state = Some(operator.attend(client, &problem, &inputs, &out)?);
-                out
-            }
-        };
-        self.keys.keep(keys);
-        self.values.keep(values);
-        place.export(out)
+        let far_query = place.import("the far query", far_query)?;
+        let make = |problem: &Problem| RattentionDecoder::new(client, Rattention::new(window), problem);
+        let (_, decoder, cache, batch) = self.decoder(&query, options, make)?;
+        let [near, far] = decoder.branches(client, cache, batch, [query.view(), far_query.view()])?;
+        Ok([place.export(near)?, place.export(far)?.cast(dtype)])
     }
 }

@@ -4,20 +4,17 @@ use bifocal::{
 };
 use burn::tensor::Tensor;
 
-use super::store::Store;
+use super::store::{Store, ring};
 use crate::{
     AttentionOptions, Branch, Routing,
     attention::{dense, routed},
     place::Place,
 };
 
-/// Tokens in a page of a ring at most.
-const PAGE: usize = 256;
-
 /// Keys and values of an attention whose rows see the reach that their route names, or the one reach there is.
 #[derive(Debug)]
 pub(super) struct Selected {
-    store: Store,
+    pub(super) store: Store,
     reaches: Reaches,
     /// What shows the reaches in a forward pass.
     branches: Vec<Option<Branch>>,
@@ -38,25 +35,23 @@ impl Selected {
             return Err(Error::option("reaches of a cache", list(reaches), expected));
         }
         let branches = reaches.iter().map(|reach| reach.map(branch).transpose()).collect::<Result<_>>()?;
-        let (layout, forgets) = match reaches {
+        let ring = match reaches {
             // A step's first query looks back further than its last.
-            [Some(Reach::Window(window))] if window.keys() as usize + MAX_QUERIES - 1 < capacity => {
-                let (slack, kept) = (MAX_QUERIES - 1, window.keys() as usize + MAX_QUERIES - 1);
-                let page = kept.div_ceil(kept.div_ceil(PAGE));
-                (Layout::ring(batch, *window, slack, page)?, true)
-            }
-            _ => (Layout::contiguous(batch, capacity)?, false),
+            [Some(Reach::Window(window))] => ring([batch, capacity], *window, MAX_QUERIES - 1)?,
+            _ => None,
+        };
+        let (layout, forgets) = match ring {
+            Some(ring) => (ring, true),
+            None => (Layout::contiguous(batch, capacity)?, false),
         };
         let store = Store::new(place, shape, layout)?;
         Ok(Self { store, reaches: Reaches::new(place.client(), reaches)?, branches, forgets })
     }
 
-    pub(super) fn tokens(&self) -> Result<usize> {
-        self.store.tokens()
-    }
-
-    pub(super) fn bytes(&self) -> usize {
-        self.store.bytes()
+    /// The same tokens in memory of their own.
+    pub(super) fn fork(&self, place: &Place) -> Result<Self> {
+        let (reaches, branches) = (self.reaches.clone(), self.branches.clone());
+        Ok(Self { store: self.store.fork(place)?, reaches, branches, forgets: self.forgets })
     }
 
     /// Checks that rows are asked to see what this was made for, and are told which of it.

@@ -1,12 +1,25 @@
 use std::collections::BTreeMap;
 
 use bifocal::{
-    Element, Partial, Problem, Result, Routes,
+    Element, Partial, Problem, Result, Routes, Window,
     decode::{Batch, DecodePlan, KvCache, KvShape, Layout, Reaches, SequenceId, Step},
 };
 use burn::tensor::{DType, Tensor};
 
 use crate::{AttentionOptions, place::Place};
+
+/// Tokens in a page of a ring at most.
+const PAGE: usize = 256;
+
+/// Room for the tokens of a window and for `slack` more; `None` where that is every token.
+pub(super) fn ring([batch, capacity]: [usize; 2], window: Window, slack: usize) -> Result<Option<Layout>> {
+    let kept = window.keys() as usize + slack;
+    if kept >= capacity {
+        return Ok(None);
+    }
+    let page = kept.div_ceil(kept.div_ceil(PAGE));
+    Layout::ring(batch, window, slack, page).map(Some)
+}
 
 /// Keys and values of a batch of sequences that have as many tokens each, in Bifocal's memory.
 #[derive(Debug)]
@@ -25,8 +38,18 @@ impl Store {
         let mut kv = KvCache::new(client, shape, layout)?;
         let start = |_| kv.start(client);
         let sequences = (0..layout.sequences()).map(start).collect::<Result<Vec<_>>>()?;
-        let batch = kv.batch(client, &sequences)?;
+        Self::of(place, kv, sequences)
+    }
+
+    fn of(place: &Place, kv: KvCache, sequences: Vec<SequenceId>) -> Result<Self> {
+        let batch = kv.batch(place.client(), &sequences)?;
         Ok(Self { kv, sequences, batch, plans: BTreeMap::new() })
+    }
+
+    /// The same tokens in memory of their own.
+    pub(super) fn fork(&self, place: &Place) -> Result<Self> {
+        let (kv, sequences) = self.kv.fork_apart(place.client(), &self.sequences)?;
+        Self::of(place, kv, sequences)
     }
 
     /// Tokens of each sequence.
@@ -36,9 +59,19 @@ impl Store {
 
     /// Bytes of all its keys and values, whether there are tokens yet or not.
     pub(super) fn bytes(&self) -> usize {
-        let (KvShape { kv_heads, head_dim, value_dim, element }, layout) =
-            (self.kv.shape(), self.kv.layout());
-        layout.pages() * layout.page_size() * kv_heads * (head_dim + value_dim) * element.size()
+        self.kv.bytes()
+    }
+
+    /// Checks that all tokens of each sequence but the first `tokens` can be taken back.
+    pub(super) fn check_truncate(&self, place: &Place, tokens: usize) -> Result<()> {
+        let check = |&sequence| self.kv.check_truncate(place.client(), sequence, tokens);
+        self.sequences.iter().try_for_each(check)
+    }
+
+    /// Takes them back.
+    pub(super) fn truncate(&mut self, place: &Place, tokens: usize) -> Result<()> {
+        let truncate = |&sequence| self.kv.truncate(place.client(), sequence, tokens);
+        self.sequences.iter().try_for_each(truncate)
     }
 
     /// Appends `key [B, Hk, T, D]` and `value [B, Hk, T, Dv]`.
@@ -50,13 +83,7 @@ impl Store {
 
     /// All keys `[B, Hk, T, D]` and values `[B, Hk, T, Dv]`, of a store that forgets none.
     pub(super) fn gather(&self, place: &Place) -> Result<[Tensor<4>; 2]> {
-        let (mut keys, mut values) = (Vec::new(), Vec::new());
-        for &sequence in &self.sequences {
-            let (key, value) = self.kv.gather(place.client(), sequence)?;
-            keys.push(place.export(key)?);
-            values.push(place.export(value)?);
-        }
-        Ok([Tensor::cat(keys, 0), Tensor::cat(values, 0)])
+        gather(place, &self.kv, &self.sequences)
     }
 
     /// What the last tokens, whose keys are there already, see by `reaches`: outputs of type `element`. With the problem that
@@ -89,4 +116,15 @@ impl Store {
         self.plans[&problem.query_len].attend(client, &view, &step, &partial)?;
         Ok((problem, partial))
     }
+}
+
+/// All keys `[B, Hk, T, D]` and values `[B, Hk, T, Dv]` of sequences of which none is forgotten.
+pub(super) fn gather(place: &Place, kv: &KvCache, sequences: &[SequenceId]) -> Result<[Tensor<4>; 2]> {
+    let (mut keys, mut values) = (Vec::new(), Vec::new());
+    for &sequence in sequences {
+        let (key, value) = kv.gather(place.client(), sequence)?;
+        keys.push(place.export(key)?);
+        values.push(place.export(value)?);
+    }
+    Ok([Tensor::cat(keys, 0), Tensor::cat(values, 0)])
 }

@@ -10,7 +10,9 @@ use super::{
     AttentionOutput, Projections, RopeConfig,
     parts::{Heads, finite, options, router, threshold},
 };
-use crate::{AhaLinearInputs, GateOptions, Training, aha_linear_attention, linear_gate};
+use crate::{
+    AhaLinearInputs, GateOptions, LayerCache, Routing, Training, aha_linear_attention, linear_gate, norm_sum,
+};
 
 /// Configuration of [`AhaLinearAttention`].
 #[derive(Config, Debug, PartialEq)]
@@ -118,9 +120,7 @@ impl AhaLinearAttention {
     pub fn forward_with(&self, hidden: Tensor<3>, training: Training) -> Result<AttentionOutput> {
         let rope = self.rope.as_ref();
         self.projections.check(0, &hidden, rope)?;
-        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
-        let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
-        let routing = linear_gate(hidden.clone(), weight, bias, gate)?;
+        let routing = self.route(hidden.clone())?;
         let [query, key, value] = self.projections.split(hidden);
         let near = self.projections.position(0, [query.clone(), key.clone()], rope);
         let scales = [self.near_scale.val(), self.far_scale.val()];
@@ -128,5 +128,39 @@ impl AhaLinearAttention {
         let options = options(self.softcap)?.with_training(training);
         let out = aha_linear_attention(inputs, &routing, Window::aha(self.window)?, &options)?;
         Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    /// An empty cache for `batch` sequences, as [`RattentionAttention::cache`](crate::RattentionAttention::cache): a `capacity`
+    /// beyond the window takes no more memory.
+    ///
+    /// # Errors
+    /// As [`LayerCache::new`].
+    pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
+        LayerCache::rattention(&self.projections, Window::aha(self.window)?, [batch, capacity])
+    }
+
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache. The state is brought up to date
+    /// whatever the gates say, and a step computes the linear branch of every row.
+    ///
+    /// # Errors
+    /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].
+    pub fn forward_cached(&self, hidden: Tensor<3>, cache: &mut LayerCache) -> Result<AttentionOutput> {
+        let rope = self.rope.as_ref();
+        let start = cache.check(&self.projections, &hidden, rope)?;
+        let routing = self.route(hidden.clone())?;
+        let [query, key, value] = self.projections.split(hidden);
+        let far = [query.clone(), key.clone()];
+        let [query, key] = self.projections.position(start, [query, key], rope);
+        let (window, options) = (Window::aha(self.window)?, options(self.softcap)?);
+        let near = [query, key, value];
+        let [near, far] = cache.attend_near_and_far(window, near, far, Some(&routing), &options)?;
+        let out = norm_sum(near, far, self.near_scale.val(), self.far_scale.val())?;
+        Ok(AttentionOutput { output: self.projections.output(out), routing })
+    }
+
+    fn route(&self, hidden: Tensor<3>) -> Result<Routing> {
+        let (weight, bias) = (self.router.weight.val(), self.router.bias.as_ref().map(|b| b.val()));
+        let gate = GateOptions::aha().with_threshold(Threshold::Above(self.threshold));
+        linear_gate(hidden, weight, bias, gate)
     }
 }

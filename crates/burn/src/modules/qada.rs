@@ -109,8 +109,8 @@ impl QadaAttention {
         LayerCache::qada(&self.projections, self.gate()?, [batch, capacity])
     }
 
-    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache. A single token is a step by the
-    /// moments that the cache keeps; several run the forward pass over all keys, whose moments it takes anew.
+    /// [`forward`](Self::forward) of the next tokens `[B, T, M]` of the sequences of a cache. Up to 16 are a step by the
+    /// moments that the cache keeps; more run the forward pass over all keys, whose moments it takes anew.
     ///
     /// # Errors
     /// As [`forward`](Self::forward), [`LayerCache::check`] and [`LayerCache::attend`].

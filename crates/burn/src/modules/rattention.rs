@@ -125,7 +125,7 @@ impl RattentionAttention {
         let [query, key] = self.projections.position(start, [query, key], rope);
         let window = Window::new(self.window)?;
         let [near, far] =
-            cache.attend_near_and_far(window, [query, key, value], far, &options(self.softcap)?)?;
+            cache.attend_near_and_far(window, [query, key, value], far, None, &options(self.softcap)?)?;
         let out = norm_sum(near, far, self.near_scale.val(), self.far_scale.val())?;
         Ok(self.projections.output(out))
     }

@@ -1,10 +1,10 @@
 //! Caches: the next tokens, however many at once, get what a forward pass over all of them gives.
 
 use bifocal_burn::{
-    AhaAttention, AhaAttentionConfig, AttentionOptions, CausalAttention, CausalAttentionConfig, Error,
-    L2aAttention, L2aAttentionConfig, LayerCache, MultiWindowAttention, MultiWindowAttentionConfig,
-    Projections, QadaAttention, QadaAttentionConfig, RattentionAttention, RattentionAttentionConfig, Reach,
-    RopeConfig, Routing, Window, composed,
+    AhaAttention, AhaAttentionConfig, AhaLinearAttention, AhaLinearAttentionConfig, AttentionOptions,
+    CausalAttention, CausalAttentionConfig, Error, L2aAttention, L2aAttentionConfig, LayerCache,
+    MultiWindowAttention, MultiWindowAttentionConfig, Projections, QadaAttention, QadaAttentionConfig,
+    RattentionAttention, RattentionAttentionConfig, Reach, RopeConfig, Routing, Window, composed,
 };
 use burn::{
     module::{Module, Param},
@@ -12,7 +12,7 @@ use burn::{
 };
 use rstest::rstest;
 
-use crate::common::{assert_close, devices, mixed_routes, noise, qkv, wgpu};
+use crate::common::{assert_close, devices, host, mixed_routes, noise, qkv, wgpu};
 
 const TOLERANCE: f32 = 2e-5;
 
@@ -49,6 +49,7 @@ macro_rules! cached {
 cached!(CausalAttention, output => (output, None));
 cached!(RattentionAttention, output => (output, None));
 cached!(AhaAttention, forward => (forward.output, Some(forward.routing)));
+cached!(AhaLinearAttention, forward => (forward.output, Some(forward.routing)));
 cached!(MultiWindowAttention, forward => (forward.output, Some(forward.routing)));
 cached!(L2aAttention, forward => (forward.output, Some(forward.routing)));
 cached!(QadaAttention, forward => (forward.output, Some(forward.routing)));
@@ -91,6 +92,11 @@ fn rattention(window: usize) -> RattentionAttention {
     config.with_qk_norm_epsilon(Some(1e-6)).init(&Device::flex()).unwrap()
 }
 
+fn aha_linear(window: usize) -> AhaLinearAttention {
+    let config = AhaLinearAttentionConfig::new(24, 4, window).with_n_kv_heads(Some(2)).with_rope(rope());
+    config.with_n_router_heads(Some(2)).with_softcap(Some(3.0)).init(&Device::flex()).unwrap()
+}
+
 #[rstest]
 #[case::full(Box::new(causal(None)))]
 #[case::ring(Box::new(causal(Some(5))))]
@@ -103,6 +109,7 @@ fn rattention(window: usize) -> RattentionAttention {
 #[case::qada_without_sinks(Box::new(qada(1, 0)))]
 #[case::rattention(Box::new(rattention(5)))]
 #[case::rattention_of_one_key(Box::new(rattention(1)))]
+#[case::aha_linear(Box::new(aha_linear(5)))]
 fn chunks_of_any_size_give_what_all_at_once_gives(#[case] module: Box<dyn Cached>) {
     let device = Device::flex();
     let hidden = noise([2, 45, 24], 7, &device).mul_scalar(3.0);
@@ -131,6 +138,52 @@ fn chunks_of_any_size_give_what_all_at_once_gives(#[case] module: Box<dyn Cached
         assert!(matches!(full, Error::TooLarge { size: 46, limit: 45, .. }), "{full}");
         assert_eq!(cache.tokens(), 45);
     }
+}
+
+#[rstest]
+#[case::full(Box::new(causal(None)), true)]
+#[case::ring(Box::new(causal(Some(5))), false)]
+#[case::aha(Box::new(aha(4)), true)]
+#[case::l2a(Box::new(l2a()), false)]
+#[case::qada(Box::new(qada(4, 2)), true)]
+#[case::rattention(Box::new(rattention(5)), false)]
+#[case::aha_linear(Box::new(aha_linear(5)), false)]
+fn what_is_taken_back_never_was(#[case] module: Box<dyn Cached>, #[case] keeps_all: bool) {
+    let device = Device::flex();
+    let [hidden, guesses] = [7, 8].map(|seed| noise([2, 45, 24], seed, &device).mul_scalar(3.0));
+    let (expected, _) = module.whole(hidden.clone());
+    let next = |cache: &mut LayerCache, of: &Tensor<3>, end: usize| {
+        let start = cache.tokens();
+        module.next(of.clone().narrow(1, start, end - start), cache).unwrap().0
+    };
+    let mut cache = module.cache(2, 45);
+    let prompt = next(&mut cache, &hidden, 25);
+    let mut patient = cache.fork().unwrap();
+    next(&mut cache, &guesses, 28);
+    cache.truncate(25).unwrap();
+    for end in [26, 42] {
+        assert_eq!(host(next(&mut cache, &hidden, end)), host(next(&mut patient, &hidden, end)));
+    }
+    // By now a state has keys.
+    let mut patient = cache.fork().unwrap();
+    next(&mut cache, &guesses, 45);
+    cache.truncate(42).unwrap();
+    assert_eq!(host(next(&mut cache, &hidden, 45)), host(next(&mut patient, &hidden, 45)));
+    cache.truncate(30).unwrap();
+    assert_close(next(&mut cache, &hidden, 45), expected.clone().narrow(1, 30, 15), TOLERANCE);
+    // Further back than what is summed up, and than a ring of 20 or 37 goes.
+    match cache.truncate(24) {
+        Ok(()) => assert!(keeps_all),
+        Err(Error::Overwritten { .. } | Error::SummedUp { .. }) => {
+            assert!(!keeps_all && cache.tokens() == 45);
+            cache.truncate(43).unwrap();
+        }
+        Err(other) => panic!("{other}"),
+    }
+    let start = cache.tokens();
+    assert_close(next(&mut cache, &hidden, start + 2), expected.narrow(1, start, 2), TOLERANCE);
+    cache.reset().unwrap();
+    assert_eq!((cache.tokens(), host(next(&mut cache, &hidden, 25))), (0, host(prompt)));
 }
 
 /// Projections of 4 heads over 2 kv heads of 6 channels.
@@ -170,25 +223,30 @@ fn attention_of_ones_own_is_cached_on_every_device() {
 fn states_and_moments_move_to_a_gpu() {
     let flex = Device::flex();
     let Some(device) = wgpu() else { return };
-    let hidden = noise([1, 18, 16], 6, &flex).mul_scalar(3.0);
+    // So many that some are summed up.
+    let hidden = noise([1, 40, 16], 6, &flex).mul_scalar(3.0);
     let config = QadaAttentionConfig::new(16, 2, 3, 0.6).with_sinks(2).with_rope(rope());
     let qada = config.init(&flex).unwrap();
     let rattention = RattentionAttentionConfig::new(16, 2, 3).with_rope(rope()).init(&flex).unwrap();
-    let there: [Box<dyn Cached>; 2] =
-        [Box::new(qada.clone().to_device(&device)), Box::new(rattention.clone().to_device(&device))];
-    let here: [Box<dyn Cached>; 2] = [Box::new(qada), Box::new(rattention)];
+    let aha_linear = AhaLinearAttentionConfig::new(16, 2, 3).with_rope(rope()).init(&flex).unwrap();
+    let there: [Box<dyn Cached>; 3] = [
+        Box::new(qada.clone().to_device(&device)),
+        Box::new(rattention.clone().to_device(&device)),
+        Box::new(aha_linear.clone().to_device(&device)),
+    ];
+    let here: [Box<dyn Cached>; 3] = [Box::new(qada), Box::new(rattention), Box::new(aha_linear)];
     for (here, there) in here.iter().zip(&there) {
         let (expected, routing) = here.whole(hidden.clone());
         let routes = routing.map(|routing| routing.to_host().unwrap());
-        let mut cache = there.cache(1, 18);
-        for tokens in [16, 1, 1] {
+        let mut cache = there.cache(1, 40);
+        for tokens in [38, 1, 1] {
             let start = cache.tokens();
             let part = |tensor: &Tensor<3>| tensor.clone().narrow(1, start, tokens);
             let (found, routing) = there.next(part(&hidden).to_device(&device), &mut cache).unwrap();
             assert_close(found.to_device(&flex), part(&expected), TOLERANCE);
             let found = routing.map(|routing| routing.to_host().unwrap());
             let of = |routes: &Vec<u8>| -> Vec<u8> {
-                routes.chunks(18).flat_map(|head| head[start..start + tokens].to_vec()).collect()
+                routes.chunks(40).flat_map(|head| head[start..start + tokens].to_vec()).collect()
             };
             assert_eq!(found, routes.as_ref().map(of));
         }
@@ -206,15 +264,11 @@ fn a_ring_takes_no_more_for_a_longer_context() {
     assert_eq!(causal(None).cache(3, 100).unwrap().bytes(), bytes(100));
     assert_eq!(l2a().cache(3, 100).unwrap().bytes(), bytes(20) + bytes(100));
 
-    // A state of 12 features for 6 channels of values, and keys and values of the window once more.
-    let rattention = rattention(5);
-    let hidden = |tokens| noise([3, tokens, 24], 1, &Device::flex());
-    let mut cache = rattention.cache(3, 1000).unwrap();
-    rattention.forward_cached(hidden(30), &mut cache).unwrap();
-    let after = cache.bytes();
-    assert_eq!(after, bytes(20) + bytes(5) + 3 * 2 * 12 * 6 * 4);
-    rattention.forward_cached(hidden(1), &mut cache).unwrap();
-    assert_eq!(cache.bytes(), after);
+    // A ring of the window and 32 tokens, a second key for each, and a state of 12 features for 6 channels of values.
+    for capacity in [38, 1_000_000] {
+        let found = rattention(5).cache(3, capacity).unwrap().bytes();
+        assert_eq!(found, bytes(37) / 2 * 3 + 3 * 2 * 12 * 6 * 4);
+    }
 }
 
 #[test]
@@ -248,6 +302,7 @@ fn what_does_not_fit_a_cache_is_refused_and_changes_nothing() {
     let learning = CausalAttentionConfig::new(24, 4).init(&Device::flex().autodiff()).unwrap();
     let mut unlearnt = learning.cache(1, 8).unwrap();
     assert_eq!(option(learning.forward_cached(hidden(1, 1), &mut unlearnt).unwrap_err()), "autodiff");
+    assert_eq!(option(cache.truncate(41).unwrap_err()), "tokens to truncate to");
     // All that was refused has left no trace.
     assert_eq!(cache.tokens(), 40);
     module.forward_cached(hidden(2, 5), &mut cache).unwrap();

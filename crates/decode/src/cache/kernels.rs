@@ -98,7 +98,7 @@ pub(super) fn append_kernel<E: Float, N: Size>(
     }
 }
 
-/// Copies the tokens of one sequence to where they follow one another.
+/// Copies the tokens of one sequence, from position `first` on, to where they follow one another.
 #[cube(launch_unchecked)]
 pub(super) fn gather_kernel<E: Float, N: Size>(
     key_pool: &[Vector<E, N>],
@@ -108,6 +108,7 @@ pub(super) fn gather_kernel<E: Float, N: Size>(
     key: &mut [Vector<E, N>],
     value: &mut [Vector<E, N>],
     shape: Shape,
+    first: u32,
     places: Places,
     #[define(E)] _element: ElemType,
     #[define(N)] _wide: usize,
@@ -117,7 +118,7 @@ pub(super) fn gather_kernel<E: Float, N: Size>(
         terminate!();
     }
     let table = slots[own.batch as usize] * places.pitch;
-    let from = place(own.token, table, own.head, tables, &places);
+    let from = place(first + own.token, table, own.head, tables, &places);
     let to = own.head * shape.tokens + own.token;
     if own.vector < shape.key_vectors {
         key[(to * shape.key_vectors + own.vector) as usize] =

@@ -1,3 +1,4 @@
+mod copies;
 pub(crate) mod kernels;
 mod snapshot;
 
@@ -12,7 +13,7 @@ use bifocal_core::{
 };
 use cubecl::{client::Client, server::Handle};
 
-use self::kernels::{ShapeLaunch, append_kernel, copy_kernel, edit_kernel, gather_kernel};
+use self::kernels::{ShapeLaunch, append_kernel, copy_kernel, edit_kernel};
 pub use self::snapshot::Snapshot;
 pub(crate) use self::snapshot::foreign;
 use crate::{
@@ -144,6 +145,13 @@ impl KvCache {
     /// How it lies in memory.
     pub fn layout(&self) -> Layout {
         *self.book.layout()
+    }
+
+    /// Bytes of device memory for all its pages, whether a sequence holds them or not.
+    pub fn bytes(&self) -> usize {
+        let pools = [Some(&self.key), Some(&self.value), self.plain_key.as_ref()];
+        let numbers = |pool: &Tensor<4>| pool.shape().iter().product::<usize>();
+        pools.into_iter().flatten().map(numbers).sum::<usize>() * self.shape.element.size()
     }
 
     /// Pages that no sequence holds.
@@ -305,6 +313,15 @@ impl KvCache {
         Ok(())
     }
 
+    /// Checks all that [`truncate`](Self::truncate) does: caches that belong together are so truncated all or none.
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate).
+    pub fn check_truncate(&self, client: &Client, sequence: SequenceId, length: usize) -> Result<()> {
+        self.check_device(client)?;
+        self.book.check_truncate(self.slot(sequence)?, length)
+    }
+
     /// Starts a sequence with the tokens of another. They share pages, and memory is taken when one of them writes.
     ///
     /// # Errors
@@ -335,47 +352,6 @@ impl KvCache {
                 self.generations[slot] += 1;
             }
         }
-    }
-
-    /// The tokens of a sequence as contiguous tensors, key `[1, Hk, T, D]` and value `[1, Hk, T, Dv]`: what the attention
-    /// operators read when a further chunk of a prompt is prefilled.
-    ///
-    /// # Errors
-    /// [`Error::UnknownSequence`]; [`Error::EmptyDimension`] without tokens; [`Error::Overwritten`] when a ring does not
-    /// have all of them; [`Error::DeviceMismatch`].
-    pub fn gather(&self, client: &Client, sequence: SequenceId) -> Result<(Tensor<4>, Tensor<4>)> {
-        let slot = self.slot(sequence)?;
-        let tokens = self.book.length(slot);
-        if tokens == 0 {
-            return Err(Error::EmptyDimension { dimension: "length of a sequence" });
-        }
-        self.book.check_kept(slot, 0, 0)?;
-        self.check_device(client)?;
-        let KvShape { kv_heads, head_dim, value_dim, element } = self.shape;
-        let key = Tensor::empty(client, [1, kv_heads, tokens, head_dim], element);
-        let value = Tensor::empty(client, [1, kv_heads, tokens, value_dim], element);
-        let slots = client.create_from_slice(bytemuck::bytes_of(&(slot as u32)));
-        let width = width([key.view(), value.view(), self.key.view(), self.value.view()]);
-        let (cubes, units) = grid(client, kv_heads * tokens * head_dim.max(value_dim) / width);
-        // SAFETY: the sequence has so many tokens, and the tensors room for them.
-        unsafe {
-            gather_kernel::launch_unchecked(
-                client,
-                cubes,
-                units,
-                elements(self.key.view()),
-                elements(self.value.view()),
-                words(&self.tables),
-                words(&slots),
-                elements(key.view()),
-                elements(value.view()),
-                self.shape_launch([1, tokens], width, true),
-                self.places(),
-                element.into(),
-                width,
-            );
-        }
-        Ok((key, value))
     }
 
     /// The sequences of a decode step, in the order of its queries.

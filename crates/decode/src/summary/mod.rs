@@ -131,6 +131,12 @@ impl<S: Summary> SummaryCache<S> {
         &self.kv
     }
 
+    /// Bytes of device memory for keys, values and summaries, whether there are sequences or not.
+    pub fn bytes(&self) -> usize {
+        let numbers = |part: &Tensor<2>| part.shape().iter().product::<usize>();
+        self.kv.bytes() + self.parts.iter().map(numbers).sum::<usize>() * Element::F32.size()
+    }
+
     /// What keys are summed up by.
     pub fn summary(&self) -> &S {
         &self.summary
@@ -183,21 +189,31 @@ impl<S: Summary> SummaryCache<S> {
     /// As [`KvCache::truncate`]; [`Error::SummedUp`] when keys would have to be taken out of a summary and a ring does not
     /// have all of them any more.
     pub fn truncate(&mut self, client: &Client, sequence: SequenceId, length: usize) -> Result<()> {
-        self.kv.check_device(client)?;
+        self.check_truncate(client, sequence, length)?;
         let slot = self.kv.slot(sequence)?;
-        let (covered, end) = (self.covered[slot], self.left(length).max(self.first));
-        let fold = if covered <= end {
+        let end = self.left(length).max(self.first);
+        let fold = if self.covered[slot] <= end {
             None
         } else {
-            if length > 0 && self.kv.book.kept_from(slot) > 0 {
-                return Err(Error::SummedUp { needed: end, covered });
-            }
             let to = end.saturating_sub(self.slack).max(self.first);
             Some(self.fold(client, slot, self.first..to, self.nothing(client)?, None)?)
         };
         self.kv.truncate(client, sequence, length)?;
         self.take(client, fold);
         Ok(())
+    }
+
+    /// Checks all that [`truncate`](Self::truncate) does, as [`KvCache::check_truncate`].
+    ///
+    /// # Errors
+    /// As [`truncate`](Self::truncate).
+    pub fn check_truncate(&self, client: &Client, sequence: SequenceId, length: usize) -> Result<()> {
+        let slot = self.kv.slot(sequence)?;
+        let (covered, needed) = (self.covered[slot], self.left(length).max(self.first));
+        if covered > needed && length > 0 && self.kv.book.kept_from(slot) > 0 {
+            return Err(Error::SummedUp { needed, covered });
+        }
+        self.kv.check_truncate(client, sequence, length)
     }
 
     /// Starts a sequence with the tokens of another, as [`KvCache::fork`], and with a summary of its own.
@@ -210,6 +226,32 @@ impl<S: Summary> SummaryCache<S> {
         let parts = self.parts_of(client, from);
         self.take(client, [Fold { slot, covered: self.covered[from], parts }]);
         Ok(fork)
+    }
+
+    /// Forks of these sequences in a cache of their own, as [`KvCache::fork_apart`].
+    ///
+    /// # Errors
+    /// As [`KvCache::fork_apart`].
+    pub fn fork_apart(&self, client: &Client, sequences: &[SequenceId]) -> Result<(Self, Vec<SequenceId>)>
+    where
+        S: Clone,
+    {
+        self.kv.check_device(client)?;
+        let slots = self.kv.slots(sequences)?;
+        let (summary, layout) = (self.summary.clone(), self.kv.layout());
+        let mut apart = Self::new(client, summary, self.kv.shape(), layout, self.slack)?;
+        if self.kv.plain_key.is_some() {
+            apart = apart.with_plain_keys(client)?;
+        }
+        let mut forks = Vec::with_capacity(slots.len());
+        for from in slots {
+            let fork = apart.kv.take_over(client, &self.kv, from)?;
+            let slot = apart.kv.slot(fork)?;
+            let parts = self.parts_of(client, from);
+            apart.take(client, [Fold { slot, covered: self.covered[from], parts }]);
+            forks.push(fork);
+        }
+        Ok((apart, forks))
     }
 
     /// Ends a sequence, as [`KvCache::free`].

@@ -57,7 +57,7 @@ impl Attention {
     /// An empty cache of `capacity` tokens for each of `batch` sequences.
     ///
     /// # Errors
-    /// [`Error::Setting`] for attention from outside this crate and AHA over a linear branch, which have no cache; [`Error::Attention`].
+    /// [`Error::Setting`] for attention from outside this crate, which has no cache; [`Error::Attention`].
     pub fn cache(&self, batch: usize, capacity: usize) -> Result<LayerCache> {
         Ok(match self {
             Self::Causal(causal) => causal.cache(batch, capacity)?,
@@ -67,8 +67,8 @@ impl Attention {
             Self::Qada(qada) => qada.cache(batch, capacity)?,
             Self::Rattention(rattention) => rattention.cache(batch, capacity)?,
             Self::RandomGate(gate) => gate.cache(batch, capacity)?,
-            Self::AhaLinear(_) => return Err(uncached("aha-linear")),
-            Self::Custom(_) => return Err(uncached("custom")),
+            Self::AhaLinear(aha) => aha.cache(batch, capacity)?,
+            Self::Custom(_) => return Err(uncached()),
         })
     }
 
@@ -223,10 +223,10 @@ impl RandomGate {
     }
 }
 
-/// Why a kind of attention has no cache.
-pub(super) fn uncached(kind: &'static str) -> Error {
+/// Why attention from outside this crate has no cache.
+pub(super) fn uncached() -> Error {
     let expected = "a kind that says what it needs of earlier tokens";
-    Error::setting("the attention of a cache", kind, expected)
+    Error::setting("the attention of a cache", "custom", expected)
 }
 
 /// What a router decided, read back: the routes of all token-heads, each of them one of the routing's reaches.

@@ -47,14 +47,53 @@ impl DecoderCache {
         &self.layers
     }
 
-    /// Tokens of each sequence so far.
+    /// Tokens of each sequence so far, that every layer has.
     pub fn tokens(&self) -> usize {
-        self.layers.first().map_or(0, LayerCache::tokens)
+        self.layers.iter().map(LayerCache::tokens).min().unwrap_or(0)
     }
 
     /// Bytes of device memory for keys, values and states of all layers.
     pub fn bytes(&self) -> usize {
         self.layers.iter().map(LayerCache::bytes).sum()
+    }
+
+    /// Another cache with the same tokens: one prompt is so gone on from in several ways. See [`LayerCache::fork`].
+    ///
+    /// # Errors
+    /// As [`LayerCache::fork`]; [`Error::Setting`] after a step that failed in a later layer.
+    pub fn fork(&self) -> Result<Self> {
+        self.check_whole()?;
+        Ok(Self { layers: self.layers.iter().map(LayerCache::fork).collect::<Result<_, _>>()? })
+    }
+
+    /// Takes back all tokens of every sequence but the first `tokens`, in all layers or, where one of them cannot go back so far,
+    /// in none. See [`LayerCache::truncate`].
+    ///
+    /// # Errors
+    /// As [`LayerCache::truncate`].
+    pub fn truncate(&mut self, tokens: usize) -> Result<()> {
+        self.layers.iter().try_for_each(|layer| layer.check_truncate(tokens))?;
+        Ok(self.layers.iter_mut().try_for_each(|layer| layer.truncate(tokens))?)
+    }
+
+    /// Takes back every token: other sequences begin in the same memory.
+    ///
+    /// # Errors
+    /// As [`LayerCache::reset`].
+    pub fn reset(&mut self) -> Result<()> {
+        self.truncate(0)
+    }
+
+    /// Checks that all layers have the same tokens.
+    fn check_whole(&self) -> Result<()> {
+        let tokens = self.tokens();
+        match self.layers.iter().all(|layer| layer.tokens() == tokens) {
+            true => Ok(()),
+            false => {
+                let expected = "one that is truncated to the tokens before it";
+                Err(Error::setting("the cache", "left by a step that failed", expected))
+            }
+        }
     }
 }
 
@@ -152,6 +191,7 @@ impl Decoder {
             let expected = self.layers.len().to_string();
             return Err(Error::setting("layers of the cache", cache.layers.len(), expected));
         }
+        cache.check_whole()?;
         let mut hidden = self.embedding.forward(tokens);
         let mut routings = Vec::new();
         for (index, (layer, cache)) in self.layers.iter().zip(&mut cache.layers).enumerate() {
@@ -261,13 +301,13 @@ impl Layer {
             Attention::Causal(causal) => (causal.forward_cached(normed, cache)?, None),
             Attention::Rattention(rattention) => (rattention.forward_cached(normed, cache)?, None),
             Attention::Aha(aha) => split(aha.forward_cached(normed, cache)?),
+            Attention::AhaLinear(aha) => split(aha.forward_cached(normed, cache)?),
             Attention::MultiWindow(multi) => split(multi.forward_cached(normed, cache)?),
             Attention::Qada(qada) => split(qada.forward_cached(normed, cache)?),
             Attention::RandomGate(gate) => {
                 split(gate.forward_cached(normed, gate_seed(pass, index), cache)?)
             }
-            Attention::AhaLinear(_) => return Err(attention::uncached("aha-linear")),
-            Attention::Custom(_) => return Err(attention::uncached("custom")),
+            Attention::Custom(_) => return Err(attention::uncached()),
             // Residuals are inside.
             Attention::L2a(l2a) => return Ok(split(l2a.forward_cached(normed, cache)?)),
         };

@@ -1,11 +1,11 @@
 //! Text from a tiny decoder.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use bifocal_burn::{AttentionOptions, Routing, full_attention};
 use bifocal_lm::{
-    AttentionKind, CustomAttention, Decoder, End, Error, Forward, GenerationOptions, ModelConfig, Pass,
-    Sampling, register,
+    AttentionKind, CustomAttention, Decoder, DecoderCache, End, Error, Forward, GenerationOptions,
+    ModelConfig, Pass, Sampling, register,
 };
 use burn::{
     module::{Module, ModuleMapper, Param},
@@ -25,9 +25,13 @@ impl ModuleMapper for Louder {
 
 /// Two layers that attend like `kind`, and see 48 tokens.
 fn decoder(kind: AttentionKind) -> Decoder {
+    decoder_of(vec![kind])
+}
+
+fn decoder_of(attention: Vec<AttentionKind>) -> Decoder {
     let mut model = ModelConfig::default();
     (model.layers, model.d_model, model.heads, model.kv_heads) = (2, 16, 4, 2);
-    (model.feed_forward, model.context, model.attention) = (24, 48, vec![kind]);
+    (model.feed_forward, model.context, model.attention) = (24, 48, attention);
     Decoder::new(&model, 5, &Device::flex()).unwrap().map(&mut Louder)
 }
 
@@ -50,6 +54,7 @@ fn generate(decoder: &Decoder, prompt: &[u8], options: &GenerationOptions) -> (V
 #[case::multi_window(AttentionKind::MultiWindow { windows: vec![2, 6] })]
 #[case::l2a(AttentionKind::L2a { window: 4 })]
 #[case::rattention(AttentionKind::Rattention { window: 4 })]
+#[case::aha_linear(AttentionKind::AhaLinear { window: 4 })]
 #[case::random_gate(AttentionKind::RandomGate { window: 4, far_share: 0.3 })]
 #[case::qada(AttentionKind::Qada { window: 4, tau: 0.6, sinks: 2 })]
 fn greedy_text_is_that_of_whole_passes(#[case] kind: AttentionKind) {
@@ -107,6 +112,33 @@ fn greedy_text_is_that_of_whole_passes(#[case] kind: AttentionKind) {
     for (at, (found, expected)) in parts.iter().zip(&whole).enumerate() {
         assert!((found - expected).abs() <= 1e-4 * largest, "logit {at}: {found}, expected {expected}");
     }
+}
+
+#[test]
+fn tokens_are_taken_back_in_all_layers_or_in_none() {
+    // The full layer can go back anywhere, the ring of the other cannot.
+    let decoder = decoder_of(vec![AttentionKind::Full, AttentionKind::Window { window: 4 }]);
+    let text = b"The window shows the near, the gate the far.";
+    let next = |cache: &mut DecoderCache, tokens: Range<usize>| -> Vec<f32> {
+        let ids: Vec<i32> = text[tokens].iter().map(|&byte| i32::from(byte)).collect();
+        let ids = TensorData::new(ids.clone(), [1, ids.len()]);
+        let ids = Tensor::<2, Int>::from_data(ids, &Device::flex());
+        let forward = decoder.forward_cached(ids, cache, Pass::default()).unwrap();
+        forward.logits.into_data().iter::<f32>().collect()
+    };
+    let mut cache = decoder.cache(1, text.len()).unwrap();
+    let prompt = next(&mut cache, 0..30);
+    let mut patient = cache.fork().unwrap();
+    next(&mut cache, 30..36);
+    let Err(Error::Attention(error)) = cache.truncate(10) else { panic!("a ring that forgets nothing") };
+    assert!(matches!(error, bifocal_burn::Error::Overwritten { .. }), "{error}");
+    assert!(cache.layers().iter().all(|layer| layer.tokens() == 36));
+    cache.truncate(30).unwrap();
+    assert_eq!(next(&mut cache, 30..32), next(&mut patient, 30..32));
+    assert_eq!(next(&mut cache, 32..33), next(&mut patient, 32..33));
+    assert_eq!(cache.tokens(), 33);
+    cache.reset().unwrap();
+    assert_eq!((cache.tokens(), next(&mut cache, 0..30)), (0, prompt));
 }
 
 #[test]

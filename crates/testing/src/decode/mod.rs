@@ -19,7 +19,7 @@ fn graphs(profile: &DeviceProfile) -> bool {
 pub(crate) const PROPERTIES: &[Property] = &[
     Property {
         name: "caches_equal_their_model",
-        claim: "whatever is appended, forked, truncated and freed, contents and free pages are the model's",
+        claim: "whatever is appended, forked, truncated, freed and moved to another cache, contents and free pages are the model's",
         applies: everywhere,
         one_in: 1,
         run: soak::caches_equal_their_model,
@@ -77,14 +77,14 @@ pub(crate) const PROPERTIES: &[Property] = &[
     },
     Property {
         name: "states_follow_their_cache",
-        claim: "whatever is appended, forked, truncated, freed, saved and restored, RATTENTION's step is the oracle's last row",
+        claim: "whatever is appended, forked, truncated, freed, saved, restored and moved, RATTENTION's step is the oracle's last row",
         applies: everywhere,
         one_in: 4,
         run: summaries::states_follow_their_cache,
     },
     Property {
         name: "moments_follow_their_cache",
-        claim: "whatever is appended, forked, truncated, freed, saved and restored, QAdA's step decides and attends as the oracle",
+        claim: "whatever is appended, forked, truncated, freed, saved, restored and moved, QAdA's step decides and attends as the oracle",
         applies: everywhere,
         one_in: 4,
         run: summaries::moments_follow_their_cache,

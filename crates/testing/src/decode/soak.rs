@@ -19,11 +19,16 @@ use crate::{
 #[derive(Clone, Debug)]
 pub(super) enum Operation {
     Start,
-    Append { sequences: Vec<prop::sample::Index>, tokens: usize },
+    Append {
+        sequences: Vec<prop::sample::Index>,
+        tokens: usize,
+    },
     Fork(prop::sample::Index),
     Truncate(prop::sample::Index, prop::sample::Index),
     Free(prop::sample::Index),
     SaveAndRestore(prop::sample::Index),
+    /// All sequences go on in a cache of their own.
+    ForkApart,
     Read(prop::sample::Index),
 }
 
@@ -38,6 +43,7 @@ pub(super) fn operations() -> impl Strategy<Value = Vec<Operation>> {
         2 => (index(), index()).prop_map(|(at, length)| Operation::Truncate(at, length)),
         2 => index().prop_map(Operation::Free),
         1 => index().prop_map(Operation::SaveAndRestore),
+        1 => Just(Operation::ForkApart),
         2 => index().prop_map(Operation::Read),
     ];
     prop::collection::vec(operation, 1..80)
@@ -101,13 +107,7 @@ impl Soak {
                 let snapshot = run(Snapshot::from_bytes(&snapshot.to_bytes()))?;
                 match self.cache.restore(client, &snapshot) {
                     Ok(restored) => {
-                        let copy = self.model.start();
-                        let [key, value] = self.model.contents(of_model);
-                        let [_, heads, tokens, dim] = key.shape();
-                        let value_dim = value.shape()[3];
-                        let (key, value) =
-                            (key.reshape([heads, tokens, dim]), value.reshape([heads, tokens, value_dim]));
-                        self.model.append(copy, &key, &value);
+                        let copy = copy_of(&mut self.model, of_model);
                         self.live.push((restored, copy));
                         None
                     }
@@ -116,6 +116,21 @@ impl Soak {
                         let full = self.live.len() == self.layout.sequences() || pages > before;
                         Some((error, full))
                     }
+                }
+            }
+            Operation::ForkApart => {
+                let mut model = self.model.clone();
+                let (ids, originals): (Vec<SequenceId>, Vec<usize>) = self.live.iter().copied().unzip();
+                let copies: Vec<usize> = originals.iter().map(|&of| copy_of(&mut model, of)).collect();
+                originals.iter().for_each(|&of| model.free(of));
+                match self.cache.fork_apart(client, &ids) {
+                    Ok((cache, forks)) => {
+                        self.live = forks.into_iter().zip(copies).collect();
+                        (self.cache, self.model) = (cache, model);
+                        None
+                    }
+                    // They shared pages.
+                    Err(error) => Some((error, model.pages() > self.layout.pages())),
                 }
             }
             Operation::Read(at) => {
@@ -191,6 +206,17 @@ impl Soak {
         }
         Ok(())
     }
+}
+
+/// A sequence of the model with the tokens of another, and pages of its own.
+fn copy_of(model: &mut KvModel<f32>, sequence: usize) -> usize {
+    let copy = model.start();
+    let [key, value] = model.contents(sequence);
+    let [_, heads, tokens, dim] = key.shape();
+    let value_dim = value.shape()[3];
+    let (key, value) = (key.reshape([heads, tokens, dim]), value.reshape([heads, tokens, value_dim]));
+    model.append(copy, &key, &value);
+    copy
 }
 
 pub(super) fn caches_equal_their_model(device: &Device, effort: Effort) -> Result<(), String> {

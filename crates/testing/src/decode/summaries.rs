@@ -2,7 +2,7 @@
 
 use bifocal::{
     Covariance, Error, FeatureMap, LinearAttention, MomentGate, Partial, Problem, Qada, Rattention, Reach,
-    Summary, Tensor, Window,
+    RouteGeometry, Routes, Summary, Tensor, Window,
     cubecl::client::Client,
     decode::{
         Layout, LinearCache, MomentCache, NewTokens, QadaDecoder, RattentionDecoder, RattentionQueries,
@@ -52,7 +52,7 @@ struct Soak<S> {
     slack: usize,
 }
 
-impl<S: Summary> Soak<S> {
+impl<S: Summary + Clone> Soak<S> {
     fn new(
         client: &Client,
         (cache, plain): (SummaryCache<S>, bool),
@@ -148,6 +148,14 @@ impl<S: Summary> Soak<S> {
                         self.live.push(Live { sequence, of_model, ..live });
                     }
                     Err(error) => expect_full(error)?,
+                }
+            }
+            Operation::ForkApart => {
+                let ids: Vec<SequenceId> = self.live.iter().map(|live| live.sequence).collect();
+                let (cache, forks) = run(self.cache.fork_apart(client, &ids))?;
+                self.cache = cache;
+                for (live, fork) in self.live.iter_mut().zip(forks) {
+                    live.sequence = fork;
                 }
             }
             Operation::Read(at) => {
@@ -306,7 +314,7 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
     let client = &device.client;
     // Without a map rows can come out next to zero, and a norm makes noise of them.
     let map = select(vec![FeatureMap::SoftmaxPair, FeatureMap::ReluPair]);
-    refute(effort, (drawn(device), map, any::<[bool; 2]>()), |(drawn, map, [ring, plain])| {
+    refute(effort, (drawn(device), map, any::<[bool; 3]>()), |(drawn, map, [ring, plain, routed])| {
         let (case, window, slack, page_size, query_len, operations) = drawn;
         let window = run(Window::new(window))?;
         let system = Rattention::new(window).with_feature_map(map);
@@ -327,11 +335,19 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
             let scales = NormData::scales(&case);
             let near_scale = NormData::upload_scale(device, &case, &scales[0])?;
             let far_scale = NormData::upload_scale(device, &case, &scales[1])?;
+            // Without routes, as if all were open.
+            let rows = case.heads() * query_len;
+            let mut rng = SmallRng::seed_from_u64(case.seed ^ 4);
+            let routes: Vec<u8> =
+                (0..live.len() * rows).map(|_| u8::from(!routed || rng.random_bool(0.5))).collect();
+            let geometry = run(RouteGeometry::new(live.len(), case.heads(), query_len, 2))?;
+            let uploaded = run(Routes::from_host(client, geometry, &routes))?;
             let asked = RattentionQueries {
                 near: near.view(),
                 far: far.view(),
                 near_scale: near_scale.view(),
                 far_scale: far_scale.view(),
+                routes: routed.then_some(&uploaded),
             };
             let out = run(Tensor::filled(client, problem.out_shape(), case.out_element(), f32::NAN))?;
             let summed_up = soak.is_summed_up(live, query_len)?;
@@ -349,8 +365,9 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
                     values[b * numbers..][..numbers].to_vec()
                 };
                 let queries = queries.each_ref().map(|query| of(query, case.head_dim));
-                let exact = rattention_rows::<f64>(soak, live, &queries, &scales, map);
-                let plain = rattention_rows::<f32>(soak, live, &queries, &scales, map);
+                let routes = Array::new([1, case.heads(), query_len], routes[b * rows..][..rows].to_vec());
+                let exact = rattention_rows::<f64>(soak, live, &queries, &routes, &scales, map);
+                let plain = rattention_rows::<f32>(soak, live, &queries, &routes, &scales, map);
                 Bound::new(exact, &plain, case.out_element())
                     .accepts(&format!("output of sequence {b}"), &of(&found, case.value_dim))?;
             }
@@ -359,11 +376,13 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
     })
 }
 
-/// The last rows of RATTENTION over a sequence. In `f32` the near branch is rounded as the facade keeps it.
+/// The last rows of RATTENTION over a sequence, with the far branch where the route is 1. In `f32` the near branch is rounded
+/// as the facade keeps it.
 fn rattention_rows<F: Float>(
     soak: &Soak<LinearAttention>,
     live: Live,
     queries: &[Vec<f32>; 2],
+    routes: &Array<u8, 3>,
     scales: &[Vec<f32>; 2],
     map: FeatureMap,
 ) -> Vec<F> {
@@ -383,7 +402,7 @@ fn rattention_rows<F: Float>(
     let beyond = LinearOptions { map, ..LinearOptions::new(window) };
     let far = reference::linear_attention(&far, &summed, &value, &beyond).out;
     let scales = [NormData::scale::<F>(case, &scales[0]), NormData::scale::<F>(case, &scales[1])];
-    reference::norm_sum([&near, &far], [&scales[0], &scales[1]], cast(1e-8)).into_vec()
+    reference::aha_linear([&near, &far], routes, [&scales[0], &scales[1]], cast(1e-8)).into_vec()
 }
 
 pub(super) fn moments_follow_their_cache(device: &Device, effort: Effort) -> Result<(), String> {

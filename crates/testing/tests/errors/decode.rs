@@ -231,6 +231,39 @@ fn graphs_on_a_runtime_without_them() {
     assert_eq!(tensor(&client, [1, 1, 1, 2]).to_f32(&client), Ok(vec![0.5, 0.5]));
 }
 
+#[test]
+fn forks_in_a_cache_of_their_own() {
+    let client = cpu();
+    let tokens = tensor(&client, [1, 1, 12, 32]);
+    let filled = |mut cache: KvCache| {
+        let sequence = cache.start(&client).expect("room for a sequence");
+        cache.append(&client, &[sequence], tokens.view(), tokens.view()).expect("room for tokens");
+        (cache, sequence)
+    };
+    // The ring holds two tokens, and both are taken back.
+    let window = Window::new(1).expect("a window");
+    let layout = Layout::ring(1, window, 1, 1).expect("a possible layout");
+    let cache = |layout| KvCache::new(&client, kv_shape(), layout).expect("room for a small cache");
+    let (mut whole, sequence) = filled(cache(layout));
+    assert_eq!(whole.truncate(&client, sequence, 10), Ok(()));
+    let (mut apart, forks) = whole.fork_apart(&client, &[sequence]).expect("as much room");
+    assert_eq!((apart.length(forks[0]), apart.free_pages()), (Ok(10), 0));
+    let lost = Err(Error::Overwritten { needed: 9, first: 10 });
+    assert_eq!(whole.check_truncate(&client, sequence, 9), lost);
+    assert_eq!(apart.truncate(&client, forks[0], 9), lost);
+    let unknown = apart.fork_apart(&client, &[sequence]).map(|_| ());
+    assert!(matches!(unknown, Err(Error::UnknownSequence { .. })), "{unknown:?}");
+
+    let (sinks, sequence) = filled(cache(layout.with_sinks(1).expect("a possible layout")));
+    let apart = sinks.fork_apart(&client, &[sequence]).map(|_| ());
+    assert!(matches!(apart, Err(Error::Overwritten { .. })), "{apart:?}");
+    // Of its five pages two sequences share three.
+    let (mut small, first) = filled(small_cache(&client));
+    let second = small.fork(&client, first).expect("room for a sequence");
+    let apart = small.fork_apart(&client, &[first, second]).map(|_| ());
+    assert_eq!(apart, Err(Error::CacheFull { what: "pages", needed: 3, free: 2 }));
+}
+
 /// A cache of one sequence that keeps a state of what leaves a window of 4, with a slack of 2.
 fn state_cache(client: &Client, layout: Layout) -> Result<LinearCache, Error> {
     let far = LinearAttention::beyond(Window::new(4).expect("a window"));
@@ -272,6 +305,7 @@ fn keys_that_are_summed_up() {
     assert_eq!(cache.covered(sequence), Ok(14));
     let back = cache.truncate(&client, sequence, 17);
     assert_eq!(back, Err(Error::SummedUp { needed: 13, covered: 14 }));
+    assert_eq!(cache.check_truncate(&client, sequence, 17), back);
     assert_eq!((cache.covered(sequence), cache.kv().length(sequence)), (Ok(14), Ok(20)));
     assert!(matches!(cache.truncate(&client, sequence, 21), Err(Error::Option { .. })));
     assert_eq!(cache.truncate(&client, sequence, 18), Ok(()));
