@@ -74,7 +74,7 @@ pub(crate) struct Timing {
     /// Against the dense decode step in the same run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) speedup: Option<f64>,
-    /// The median of a decode step replayed from a graph.
+    /// The median of the same call when it is replayed from a graph.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(crate) replayed_ms: Option<f64>,
 }

@@ -3,7 +3,10 @@
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, anyhow};
-use bifocal::cubecl::{client::Client, future::block_on};
+use bifocal::cubecl::{
+    client::{Client, Graph},
+    future::block_on,
+};
 
 /// Bytes of inputs that a run rotates through at least: more than the last-level caches of today's devices hold.
 pub(super) const ROTATION_BYTES: usize = 256 << 20;
@@ -31,6 +34,35 @@ pub(super) fn times<T: Sync>(
         .collect::<Result<Vec<_>>>()?;
     times.sort_unstable();
     Ok((times[times.len() / 2], times[0]))
+}
+
+/// The same for a call that is recorded once for each turn and replayed, where the runtime can do that: what the device alone
+/// takes. `None` where it cannot record the call.
+pub(super) fn replays<T: Sync>(
+    client: &Client,
+    (cpu, runs): (bool, u32),
+    turns: &[T],
+    call: impl Fn(&T) -> bifocal::Result<()> + Sync,
+) -> Result<Option<(Duration, Duration)>> {
+    if cpu {
+        return Ok(None);
+    }
+    let graph = |turn| bifocal::capture(client, || call(turn)).map(|(graph, ())| graph);
+    let graphs = match turns.iter().map(graph).collect::<bifocal::Result<Vec<_>>>() {
+        Ok(graphs) => graphs,
+        Err(reason) => {
+            tracing::info!("not replayed: {reason}");
+            return Ok(None);
+        }
+    };
+    let replay = |graph: &Graph| {
+        // SAFETY: what was recorded belongs to the bench, which waits for the device before it writes or frees any of it. Memory
+        // that a call took for itself serves one replay after the other.
+        let replayed = unsafe { graph.replay() };
+        replayed.map_err(|error| bifocal::Error::Runtime(error.to_string()))
+    };
+    let estimate = wall(client, || replay(&graphs[0]))?;
+    times(client, (cpu, runs), &graphs, estimate, replay).map(Some)
 }
 
 /// Device events on a GPU; the clock around launch and completion on a CPU, whose launches are its work.

@@ -11,7 +11,7 @@ use bifocal::{
 use clap::{Args, ValueEnum};
 use rand::{Rng, SeedableRng, rngs::SmallRng};
 
-use super::clock::{ROTATION_BYTES, measure, times, wall};
+use super::clock::{ROTATION_BYTES, measure, replays, times, wall};
 use crate::{
     DeviceName, output,
     shape::Shape,
@@ -172,12 +172,13 @@ struct Call {
     layers: usize,
 }
 
-/// First, median and fastest time of a call.
+/// First, median and fastest time of a call, and the median of its replays.
 #[derive(Clone, Copy)]
 struct Times {
     first: Duration,
     median: Duration,
     fastest: Duration,
+    replayed: Option<Duration>,
 }
 
 impl<'a> Bench<'a> {
@@ -238,17 +239,18 @@ impl<'a> Bench<'a> {
                 CaseName::Plan => timings.push(self.plan_alone()?),
                 _ => {
                     for call in self.calls(case)? {
-                        let (times, replayed, bytes) = self.attend(&call)?;
+                        let (times, bytes) = self.attend(&call)?;
+                        // What the device takes, where that is known.
+                        let device = times.replayed.unwrap_or(times.median);
                         if case == CaseName::Full {
-                            dense = Some(times.median);
+                            dense = Some(device);
                         }
                         timings.push(Timing {
                             routine: Some(self.plan.routine().to_string()),
                             chunk: self.plan.chunk(),
                             far_share: call.far_share(),
-                            share_of_copy: Some(rate(bytes, times.median) / copied),
-                            speedup: dense.map(|dense| dense.as_secs_f64() / times.median.as_secs_f64()),
-                            replayed_ms: replayed.map(|replayed| milliseconds(replayed.median)),
+                            share_of_copy: Some(rate(bytes, device) / copied),
+                            speedup: dense.map(|dense| dense.as_secs_f64() / device.as_secs_f64()),
                             ..self.timing(case.name(), times, bytes)
                         });
                     }
@@ -284,36 +286,18 @@ impl<'a> Bench<'a> {
         }
     }
 
-    /// Times a call as it is launched and, where the runtime has graphs, as it is replayed, and counts the bytes that it
-    /// needs: all per layer.
-    fn attend(&self, Call { steps, layers }: &Call) -> Result<(Times, Option<Times>, usize)> {
-        let launch = |turn: usize| {
+    /// Times a call, and counts the bytes that it needs: both per layer.
+    fn attend(&self, Call { steps, layers }: &Call) -> Result<(Times, usize)> {
+        let times = self.timed(|turn| {
             steps.iter().enumerate().try_for_each(|(at, Shown { reaches, gates })| {
                 // Layers have caches of their own, and so have L2A's branches.
                 let Turn { cache, batch, .. } = &self.turns[(turn + at) % self.turns.len()];
                 let step = self.step(reaches, gates.as_ref());
                 self.plan.attend(self.client, &cache.view(batch)?, &step, &self.partial)
             })
-        };
-        let per_layer = |times: Times| times / *layers as u32;
-        let times = per_layer(self.timed(launch)?);
-        let replayed = match self.options.device {
-            DeviceName::Cpu => None,
-            _ => Some(per_layer(self.replayed(launch)?)),
-        };
+        })?;
         let bytes: usize = steps.iter().map(|shown| self.bytes(shown)).sum();
-        Ok((times, replayed, bytes / layers))
-    }
-
-    /// Times a call that is recorded once for each turn.
-    fn replayed(&self, call: impl Fn(usize) -> bifocal::Result<()> + Sync) -> Result<Times> {
-        let graph = |turn| bifocal::capture(self.client, || call(turn)).map(|(graph, ())| graph);
-        let graphs = (0..self.turns.len()).map(graph).collect::<bifocal::Result<Vec<_>>>()?;
-        self.timed(|turn| {
-            // SAFETY: what was recorded is the bench's, and it waits for the device before it writes or frees any of it.
-            let replayed = unsafe { graphs[turn].replay() };
-            replayed.map_err(|error| bifocal::Error::Runtime(error.to_string()))
-        })
+        Ok((times / *layers as u32, bytes / layers))
     }
 
     fn router(&self) -> Result<Timing> {
@@ -361,7 +345,7 @@ impl<'a> Bench<'a> {
             chunk: None,
             share_of_copy: None,
             speedup: None,
-            replayed_ms: None,
+            replayed_ms: times.replayed.map(milliseconds),
         }
     }
 
@@ -410,7 +394,8 @@ impl<'a> Bench<'a> {
         let estimate = measure(self.client, cpu, || call(turns.len() - 1))?;
         let (median, fastest) =
             times(self.client, (cpu, self.options.runs), &turns, estimate, |&turn| call(turn))?;
-        Ok(Times { first, median, fastest })
+        let replayed = replays(self.client, (cpu, self.options.runs), &turns, |&turn| call(turn))?;
+        Ok(Times { first, median, fastest, replayed: replayed.map(|(median, _)| median) })
     }
 }
 
@@ -432,7 +417,9 @@ impl std::ops::Div<u32> for Times {
     type Output = Self;
 
     fn div(self, by: u32) -> Self {
-        Self { first: self.first / by, median: self.median / by, fastest: self.fastest / by }
+        let Self { first, median, fastest, replayed } = self;
+        let replayed = replayed.map(|replayed| replayed / by);
+        Self { first: first / by, median: median / by, fastest: fastest / by, replayed }
     }
 }
 

@@ -14,7 +14,7 @@ use rand::{Rng, SeedableRng, rngs::SmallRng};
 use super::{
     Options,
     cases::CaseName,
-    clock::{ROTATION_BYTES, times, wall},
+    clock::{ROTATION_BYTES, replays, times, wall},
 };
 use crate::{DeviceName, timings::Timing};
 
@@ -236,6 +236,7 @@ impl<'a> Bench<'a> {
         let estimate = wall(client, || call(&self.sets[self.sets.len() - 1]))?;
         let cpu = self.options.device == DeviceName::Cpu;
         let (median, fastest) = times(client, (cpu, self.options.runs), &self.sets, estimate, call)?;
+        let replayed = replays(client, (cpu, self.options.runs), &self.sets, call)?;
         let memory = case.attends().then(|| {
             self.held(|| match case {
                 // These make room for their outputs themselves.
@@ -262,7 +263,7 @@ impl<'a> Bench<'a> {
             chunk: None,
             share_of_copy: None,
             speedup: None,
-            replayed_ms: None,
+            replayed_ms: replayed.map(|(median, _)| median.as_secs_f64() * 1e3),
         })
     }
 
