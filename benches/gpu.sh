@@ -76,6 +76,11 @@ peers 128-backward-aha --heads 16 --head-dim 128 --lengths 16384,32768 --cases f
 peers 64-backward --heads 16 --head-dim 64 --lengths 16384 --cases $dense --backward
 peers 256-backward --heads 16 --head-dim 256 --lengths 16384 --cases $dense --backward
 
+# Linear attention, which RATTENTION adds to the window; what is not there (`pip install fla-core`) is said not to be measured.
+python3 peers/fla_linear.py --heads 16 --kv-heads 4 --lengths 32768 --json results/fla-linear.json
+python3 peers/fla_linear.py --heads 16 --kv-heads 4 --lengths 32768 --backward --json results/fla-linear-backward.json
+peers 128-window-512 --heads 16 --kv-heads 4 --head-dim 128 --lengths 32768 --window 512 --cases flex_window
+
 # The same for decode; what is not there (FlashInfer is `pip install flashinfer-python==0.5.3`) is said not to be measured.
 for library in torch flashinfer; do
   peers_decode() { python3 peers/${library}_decode.py "${@:2}" --json "results/$library-decode-$1.json"; }
@@ -84,5 +89,5 @@ for library in torch flashinfer; do
 done
 
 # Both, side by side.
-./bifocal compare results/ours-*.json results/torch-*.json results/flashinfer-*.json --markdown results/compare.md --plot results/compare.svg
+./bifocal compare results/ours-*.json results/torch-*.json results/f*.json --markdown results/compare.md --plot results/compare.svg
 cat results/compare.md
