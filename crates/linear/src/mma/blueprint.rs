@@ -177,7 +177,7 @@ mod tests {
                     assert!(found.room_bytes() <= memory && found.of_sums().sum_bytes() <= memory);
                     // Weights are computed by one warp per 16 keys.
                     assert!(found.column_groups() >= found.tokens / STEP);
-                    assert!(found.columns() >= 16 && found.query_at() % 1024 == 0);
+                    assert!(found.columns() >= 16 && found.query_at().is_multiple_of(1024));
                 }
             }
         }

@@ -111,7 +111,7 @@ impl Rows {
         if comptime![blueprint.operand == Operand::F16] {
             #[unroll]
             for i in 0..comptime![BLOCKS * columns] {
-                self.blocks[i] = self.blocks[i] * Vector::new(descale);
+                self.blocks[i] *= Vector::new(descale);
             }
         }
         if weighs {

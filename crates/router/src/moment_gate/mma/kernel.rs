@@ -413,7 +413,7 @@ fn meet_sums(
     #[unroll]
     for half in 0..2usize {
         rows.pivots[half] = over_row(rows.pivots[half]);
-        rows.firsts[half] = rows.firsts[half] * back;
+        rows.firsts[half] *= back;
         rows.squares[half] = rows.squares[half] * descale * back * back;
     }
     rows
@@ -547,7 +547,7 @@ pub(super) fn predict_kernel<E: Float>(
                 let score = scores[comptime![i / 4]].extract(comptime![i % 4]) - rows.pivots[half];
                 // What a row does not meet cannot touch it, NaN or not.
                 let score = select(at <= number, score, 0.0f32);
-                rows.firsts[half] = rows.firsts[half] + score;
+                rows.firsts[half] += score;
                 rows.squares[half] = fma(score, score, rows.squares[half]);
             }
         }
