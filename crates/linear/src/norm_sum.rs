@@ -4,7 +4,7 @@
 #![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
 
 use bifocal_core::{
-    Element, Error, Problem, Result,
+    DeviceProfile, Element, Error, Problem, Result,
     device::{
         Tensor, TensorView,
         launch::{elements, grid},
@@ -63,7 +63,9 @@ pub fn norm_sum(client: &Client, problem: &Problem, inputs: &NormSum<'_>, out: &
     inputs.check(client, problem)?;
     check_out(client, problem, problem.out_shape(), out)?;
     let NormSum { near, far, near_scale, far_scale, epsilon } = *inputs;
-    let (cubes, units) = grid(client, rows(problem));
+    let lanes = lanes(client);
+    let width = width(problem, &[near, far, out.view()]);
+    let (cubes, units) = grid(client, rows(problem) * lanes as usize);
     // SAFETY: all views were checked against the problem; each unit checks its row.
     unsafe {
         sum_kernel::launch_unchecked(
@@ -80,7 +82,10 @@ pub fn norm_sum(client: &Client, problem: &Problem, inputs: &NormSum<'_>, out: &
             strides(out.strides()),
             sizes(problem),
             epsilon,
+            lanes,
+            width,
             [near.element().into(), far.element().into(), out.element().into()],
+            width,
         );
     }
     Ok(())
@@ -140,7 +145,8 @@ fn side_backward(
     let numbers = heads * value_dim;
     // SAFETY: all views were checked against the problem; each unit checks its work.
     unsafe {
-        let (cubes, units) = grid(client, rows(problem));
+        let (lanes, width) = (lanes(client), width(problem, &[branch, d_out]));
+        let (cubes, units) = grid(client, rows(problem) * lanes as usize);
         branch_kernel::launch_unchecked(
             client,
             cubes,
@@ -154,7 +160,10 @@ fn side_backward(
             strides(d_out.strides()),
             sizes(problem),
             epsilon,
+            lanes,
+            width,
             types,
+            width,
         );
         let (cubes, units) = grid(client, segments * numbers);
         scale_kernel::launch_unchecked(
@@ -186,6 +195,24 @@ fn side_backward(
     (d_branch, d_scale)
 }
 
+/// Units that share a row.
+fn lanes(client: &Client) -> u32 {
+    if DeviceProfile::of(client).has_planes() { DeviceProfile::PLANE } else { 1 }
+}
+
+/// Numbers of a row that one load takes, from all of these and from the scales.
+fn width(problem: &Problem, views: &[TensorView<'_, 4>]) -> usize {
+    let fits = |width: usize| {
+        problem.value_dim.is_multiple_of(width)
+            && views.iter().all(|view| {
+                let start = view.handle().offset_start.unwrap_or(0);
+                start.is_multiple_of((width * view.element().size()) as u64)
+                    && view.strides()[..3].iter().all(|stride| stride.is_multiple_of(width))
+            })
+    };
+    [4, 2].into_iter().find(|&width| fits(width)).unwrap_or(1)
+}
+
 fn rows(problem: &Problem) -> usize {
     problem.batch * problem.heads * problem.query_len
 }
@@ -215,83 +242,127 @@ fn row_at(row: u32, strides: &Strides, sizes: &Sizes) -> usize {
     offset(strides, row / sizes.tokens / sizes.heads, row / sizes.tokens % sizes.heads, row % sizes.tokens)
 }
 
-/// One over the root mean square of the row that begins at `from`.
+/// The sum of what a lane has and, where several share a row, of what they have.
 #[cube]
-fn inverse_root<A: Float>(branch: &[A], from: usize, dim: u32, epsilon: f32) -> f32 {
-    let mut squares = 0.0f32;
-    for d in 0..dim as usize {
-        let x = f32::cast_from(branch[from + d]);
-        squares += x * x;
+fn sum_of_row<N: Size>(parts: Vector<f32, N>, #[comptime] lanes: u32, #[comptime] width: usize) -> f32 {
+    let mut sum = parts.extract(0usize);
+    #[unroll]
+    for i in 1..width {
+        sum += parts.extract(i);
     }
-    1.0f32 / (squares / f32::cast_from(dim) + epsilon).sqrt()
+    if comptime![lanes > 1] {
+        sum = plane_sum(sum);
+    }
+    sum
 }
 
-/// One unit, one row.
+/// One over the root mean square of the row that begins at `from`, a vector's index like all others here.
+#[cube]
+fn inverse_root<A: Float, N: Size>(
+    branch: &[Vector<A, N>],
+    from: usize,
+    dim: u32,
+    epsilon: f32,
+    #[comptime] lanes: u32,
+    #[comptime] width: usize,
+) -> f32 {
+    let mut squares = Vector::<f32, N>::new(0.0f32);
+    let mut at = ABSOLUTE_POS as u32 % lanes;
+    while at < dim / comptime![width as u32] {
+        let x = Vector::<f32, N>::cast_from(branch[from + at as usize]);
+        squares += x * x;
+        at += lanes;
+    }
+    1.0f32 / (sum_of_row::<N>(squares, lanes, width) / f32::cast_from(dim) + epsilon).sqrt()
+}
+
+/// `lanes` units, one row.
 #[cube(launch_unchecked)]
-fn sum_kernel<A: Float, B: Float, O: Float>(
-    near: &[A],
-    far: &[B],
-    near_scale: &[f32],
-    far_scale: &[f32],
-    out: &mut [O],
+fn sum_kernel<A: Float, B: Float, O: Float, N: Size>(
+    near: &[Vector<A, N>],
+    far: &[Vector<B, N>],
+    near_scale: &[Vector<f32, N>],
+    far_scale: &[Vector<f32, N>],
+    out: &mut [Vector<O, N>],
     near_strides: Strides,
     far_strides: Strides,
     out_strides: Strides,
     sizes: Sizes,
     epsilon: f32,
+    #[comptime] lanes: u32,
+    #[comptime] width: usize,
     #[define(A, B, O)] _elements: [ElemType; 3],
+    #[define(N)] _vector: usize,
 ) {
-    if ABSOLUTE_POS >= sizes.rows as usize {
+    let row = ABSOLUTE_POS as u32 / lanes;
+    // The same for all units of a row.
+    if row >= sizes.rows {
         terminate!();
     }
-    let row = ABSOLUTE_POS as u32;
-    let near_at = row_at(row, &near_strides, &sizes);
-    let far_at = row_at(row, &far_strides, &sizes);
-    let out_at = row_at(row, &out_strides, &sizes);
-    let near_root = inverse_root::<A>(near, near_at, sizes.dim, epsilon);
-    let far_root = inverse_root::<B>(far, far_at, sizes.dim, epsilon);
-    let scales = (row / sizes.tokens % sizes.heads * sizes.dim) as usize;
-    for d in 0..sizes.dim as usize {
-        let x = f32::cast_from(near[near_at + d]) * near_root * near_scale[scales + d];
-        let y = f32::cast_from(far[far_at + d]) * far_root * far_scale[scales + d];
-        out[out_at + d] = O::cast_from(x + y);
+    let near_at = row_at(row, &near_strides, &sizes) / width;
+    let far_at = row_at(row, &far_strides, &sizes) / width;
+    let out_at = row_at(row, &out_strides, &sizes) / width;
+    let near_root = inverse_root::<A, N>(near, near_at, sizes.dim, epsilon, lanes, width);
+    let far_root = inverse_root::<B, N>(far, far_at, sizes.dim, epsilon, lanes, width);
+    let vectors = sizes.dim / comptime![width as u32];
+    let scales = row / sizes.tokens % sizes.heads * vectors;
+    let mut at = ABSOLUTE_POS as u32 % lanes;
+    while at < vectors {
+        let scale = (scales + at) as usize;
+        let x = Vector::<f32, N>::cast_from(near[near_at + at as usize]) * Vector::new(near_root);
+        let y = Vector::<f32, N>::cast_from(far[far_at + at as usize]) * Vector::new(far_root);
+        let sum = x * near_scale[scale] + y * far_scale[scale];
+        out[out_at + at as usize] = Vector::cast_from(sum);
+        at += lanes;
     }
 }
 
-/// The gradient of one row of a branch, and one over its root mean square.
+/// The gradient of one row of a branch, and one over its root mean square: `lanes` units, one row.
 #[cube(launch_unchecked)]
-fn branch_kernel<A: Float, O: Float>(
-    branch: &[A],
-    d_out: &[O],
-    scale: &[f32],
-    d_branch: &mut [A],
+fn branch_kernel<A: Float, O: Float, N: Size>(
+    branch: &[Vector<A, N>],
+    d_out: &[Vector<O, N>],
+    scale: &[Vector<f32, N>],
+    d_branch: &mut [Vector<A, N>],
     roots: &mut [f32],
     strides: Strides,
     d_out_strides: Strides,
     sizes: Sizes,
     epsilon: f32,
+    #[comptime] lanes: u32,
+    #[comptime] width: usize,
     #[define(A, O)] _elements: [ElemType; 2],
+    #[define(N)] _vector: usize,
 ) {
-    if ABSOLUTE_POS >= sizes.rows as usize {
+    let row = ABSOLUTE_POS as u32 / lanes;
+    // The same for all units of a row.
+    if row >= sizes.rows {
         terminate!();
     }
-    let row = ABSOLUTE_POS as u32;
-    let from = row_at(row, &strides, &sizes);
-    let d_from = row_at(row, &d_out_strides, &sizes);
-    let scales = (row / sizes.tokens % sizes.heads * sizes.dim) as usize;
-    let root = inverse_root::<A>(branch, from, sizes.dim, epsilon);
-    let mut product = 0.0f32;
-    for d in 0..sizes.dim as usize {
-        let u = f32::cast_from(d_out[d_from + d]) * scale[scales + d];
-        product += f32::cast_from(branch[from + d]) * root * u;
+    let lane = ABSOLUTE_POS as u32 % lanes;
+    let from = row_at(row, &strides, &sizes) / width;
+    let d_from = row_at(row, &d_out_strides, &sizes) / width;
+    let vectors = sizes.dim / comptime![width as u32];
+    let scales = row / sizes.tokens % sizes.heads * vectors;
+    let root = inverse_root::<A, N>(branch, from, sizes.dim, epsilon, lanes, width);
+    let mut products = Vector::<f32, N>::new(0.0f32);
+    let mut at = lane;
+    while at < vectors {
+        let u = Vector::<f32, N>::cast_from(d_out[d_from + at as usize]) * scale[(scales + at) as usize];
+        products += Vector::<f32, N>::cast_from(branch[from + at as usize]) * Vector::new(root) * u;
+        at += lanes;
     }
-    let mean = product / f32::cast_from(sizes.dim);
-    let to = ABSOLUTE_POS * sizes.dim as usize;
-    for d in 0..sizes.dim as usize {
-        let u = f32::cast_from(d_out[d_from + d]) * scale[scales + d];
-        d_branch[to + d] = A::cast_from((u - f32::cast_from(branch[from + d]) * root * mean) * root);
+    let mean = sum_of_row::<N>(products, lanes, width) / f32::cast_from(sizes.dim);
+    at = lane;
+    while at < vectors {
+        let u = Vector::<f32, N>::cast_from(d_out[d_from + at as usize]) * scale[(scales + at) as usize];
+        let x = Vector::<f32, N>::cast_from(branch[from + at as usize]) * Vector::new(root * mean);
+        d_branch[(row * vectors + at) as usize] = Vector::cast_from((u - x) * Vector::new(root));
+        at += lanes;
     }
-    roots[ABSOLUTE_POS] = root;
+    if lane == 0u32 {
+        roots[row as usize] = root;
+    }
 }
 
 /// `sum d_out * x / s` over a segment of a sequence's rows: one unit, one number of a scale.

@@ -46,9 +46,12 @@ fn holds(device_name: &'static str, property: &str) {
 
 macro_rules! on_every_device {
     ($($name:ident)*) => {
-        mod cpu { $(#[test] fn $name() { super::holds("cpu", stringify!($name)) })* }
-        mod wgpu { $(#[test] fn $name() { super::holds("wgpu", stringify!($name)) })* }
-        mod cuda { $(#[test] fn $name() { super::holds("cuda", stringify!($name)) })* }
+        // Tests run in the order of their names. A device does one thing at a time, so that neighbours are to be on different ones.
+        $(mod $name {
+            #[test] fn cpu() { super::holds("cpu", stringify!($name)) }
+            #[test] fn cuda() { super::holds("cuda", stringify!($name)) }
+            #[test] fn wgpu() { super::holds("wgpu", stringify!($name)) }
+        })*
         const TESTED: &[&str] = &[$(stringify!($name)),*];
     };
 }

@@ -15,8 +15,8 @@ use crate::reaches::is_nothing;
 const PLANE: u32 = DeviceProfile::PLANE;
 
 /// Planes that merge a row together, and pieces that each has in flight.
-pub(super) const PLANES: usize = 8;
-const AHEAD: usize = 4;
+pub(super) const PLANES: usize = 16;
+const AHEAD: usize = 8;
 
 /// Four numbers of an output: what a lane loads at a time.
 const QUAD: usize = 4;

@@ -301,7 +301,7 @@ fn drawn(device: &Device) -> impl Strategy<Value = Drawn> + use<> {
     let case = cases(&device.profile).prop_map(move |case| {
         let (head_dim, value_dim) =
             if shaders { (32, 32) } else { (case.head_dim.min(64), case.value_dim.min(64)) };
-        let case = Case { head_dim, value_dim, magnitude: 1.0, routine: None, tensor_cores: false, ..case };
+        let case = Case { head_dim, value_dim, magnitude: 1.0, routine: None, ..case };
         Case { softcap: false, sink_logits: false, ..case }
     });
     let windows = prop_oneof![1..5usize, 5..30usize];
@@ -366,8 +366,9 @@ pub(super) fn states_follow_their_cache(device: &Device, effort: Effort) -> Resu
                 };
                 let queries = queries.each_ref().map(|query| of(query, case.head_dim));
                 let routes = Array::new([1, case.heads(), query_len], routes[b * rows..][..rows].to_vec());
-                let exact = rattention_rows::<f64>(soak, live, &queries, &routes, &scales, map);
-                let plain = rattention_rows::<f32>(soak, live, &queries, &routes, &scales, map);
+                let exact = rattention_rows::<f64>(soak, live, &queries, &routes, &scales, (map, |x| x));
+                let rounded = (map, case.round_weight());
+                let plain = rattention_rows::<f32>(soak, live, &queries, &routes, &scales, rounded);
                 Bound::new(exact, &plain, case.out_element())
                     .accepts(&format!("output of sequence {b}"), &of(&found, case.value_dim))?;
             }
@@ -384,7 +385,7 @@ fn rattention_rows<F: Float>(
     queries: &[Vec<f32>; 2],
     routes: &Array<u8, 3>,
     scales: &[Vec<f32>; 2],
-    map: FeatureMap,
+    (map, round_weight): (FeatureMap, fn(F) -> F),
 ) -> Vec<F> {
     let case = &soak.case;
     let cast = |x: f32| F::from(x).expect("an f32 fits every float");
@@ -395,7 +396,8 @@ fn rattention_rows<F: Float>(
     let shape = [1, case.heads(), query_len, case.head_dim];
     let [near, far] = queries.each_ref().map(|query| array::<F, 4>(shape, query));
     let reach = Some(Reach::Window(window));
-    let mut near = attention_where(&near, &key, &value, &Options::new(case.head_dim), |_, _, _| reach).out;
+    let options = Options { round_weight, ..Options::new(case.head_dim) };
+    let mut near = attention_where(&near, &key, &value, &options, |_, _, _| reach).out;
     if size_of::<F>() == 4 {
         near = near.map(|x| cast(round(case.element, x.to_f32().unwrap_or(f32::NAN))));
     }
@@ -483,7 +485,7 @@ fn accept_qada(
         _ => Some(Reach::All),
     };
     let exact = attention_where(&exact_query, &exact_key, &exact_value, &options, reach);
-    let plain: reference::Partial<f32> =
-        attention_where(&array(shape, query), &key, &value, &Options::new(case.head_dim), reach);
+    let options = Options { round_weight: case.round_weight(), ..Options::new(case.head_dim) };
+    let plain: reference::Partial<f32> = attention_where(&array(shape, query), &key, &value, &options, reach);
     Expected::of(case, value.as_slice(), exact, &plain).accepts(found)
 }
