@@ -15,6 +15,7 @@ mod moment_gate;
 mod moments;
 mod project;
 mod project_mma;
+mod step;
 
 pub use assigned::{FixedRouter, RandomRouter};
 pub use calibration::Calibration;

@@ -3,14 +3,14 @@
 
 use bifocal_core::{
     DeviceProfile, Element, Error, Result,
-    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Tensor, TensorView, launch},
+    device::{Decision, INVALID_ROUTE, RouteGeometry, Router, Routes, Tensor, TensorView, launch},
 };
 use cubecl::{client::Client, prelude::*};
 
 use crate::{
     launch::{outputs, over_quads},
     project::{self, ProjectionLaunch, project_kernel},
-    project_mma,
+    project_mma, step,
 };
 
 /// When a gate opens.
@@ -145,13 +145,13 @@ impl Router for LinearChoice {
 
 /// How logits become a score and a route: the compile-time part of the router.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Choice {
+pub(crate) enum Choice {
     Gate { inclusive: bool },
     Softmax { reaches: usize },
 }
 
 impl Choice {
-    fn logits(self) -> usize {
+    pub(crate) const fn logits(self) -> usize {
         match self {
             Choice::Gate { .. } => 1,
             Choice::Softmax { reaches } => reaches,
@@ -188,12 +188,54 @@ fn route(
     }
     let profile = DeviceProfile::of(client);
     let (cubes, units) = over_quads(client, &profile, router, geometry)?;
-    let (routes, counts) = outputs(client, geometry)?;
     let scores = Tensor::empty(client, [batch, heads, logits, tokens], Element::F32);
+    let bias_words = match bias {
+        // SAFETY: it was checked.
+        Some(bias) => unsafe { launch::elements(bias.view()) },
+        None => launch::words(weight.handle()),
+    };
+    let projection = ProjectionLaunch::new(
+        tokens as u32,
+        model_dim as u32,
+        columns as u32,
+        hidden.strides()[0] as u32,
+        hidden.strides()[1] as u32,
+        weight.strides()[0] as u32,
+    );
+    let blueprint = project::Blueprint::new(weight);
+    if step::takes(&profile, batch, tokens, blueprint, choice) {
+        let routes = Routes::from_device(client, geometry, client.empty(geometry.bytes()))?;
+        let counts = client.empty(batch * heads * (geometry.reaches + 1) * 4);
+        let (cubes, units) = step::grid(batch, columns, blueprint);
+        // SAFETY: spans were checked above; each cube checks its columns.
+        unsafe {
+            step::step_kernel::launch_unchecked(
+                client,
+                cubes,
+                units,
+                launch::elements(hidden),
+                launch::elements(weight.view()),
+                bias_words,
+                launch::elements(scores.view()),
+                launch::words(routes.handle()),
+                launch::words(&counts),
+                projection,
+                temperature,
+                cut,
+                blueprint,
+                choice,
+                bias.is_some(),
+                [hidden.element().into(), weight.element().into()],
+                blueprint.width,
+            );
+        }
+        return Ok(Decision { scores: Some(scores), routes, counts });
+    }
+    let (routes, counts) = outputs(client, geometry)?;
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
     let projected = profile.has_planes() && batch <= 65_535;
     if projected {
-        project(client, &profile, hidden, weight, &scores);
+        project(client, &profile, hidden, weight, &scores, projection);
     }
     // SAFETY: spans were checked above; each unit checks its number against the quads there are.
     unsafe {
@@ -203,10 +245,7 @@ fn route(
             units,
             launch::elements(hidden),
             launch::elements(weight.view()),
-            match bias {
-                Some(bias) => launch::elements(bias.view()),
-                None => launch::words(weight.handle()),
-            },
+            bias_words,
             launch::elements(scores.view()),
             launch::words(routes.handle()),
             launch::words(&counts),
@@ -237,17 +276,10 @@ fn project(
     hidden: TensorView<'_, 3>,
     weight: &Tensor<2>,
     logits: &Tensor<4>,
+    shape: ProjectionLaunch,
 ) {
-    let [batch, tokens, model_dim] = hidden.shape();
+    let [batch, tokens, _] = hidden.shape();
     let [_, columns] = weight.shape();
-    let shape = ProjectionLaunch::new(
-        tokens as u32,
-        model_dim as u32,
-        columns as u32,
-        hidden.strides()[0] as u32,
-        hidden.strides()[1] as u32,
-        weight.strides()[0] as u32,
-    );
     if let Some(blueprint) = project_mma::Blueprint::new(profile, hidden, weight) {
         let (cubes, units) = blueprint.grid(batch, tokens, columns);
         // SAFETY: the caller has checked spans; each thread checks its tokens and columns.
@@ -295,6 +327,51 @@ struct LinearShape {
     hidden_batch: u32,
     hidden_token: u32,
     weight_row: u32,
+}
+
+/// The routes of four tokens by their logits, which become scores.
+#[cube]
+pub(crate) fn decide(
+    logits: &mut Array<Vector<f32, Const<4>>>,
+    cut: f32,
+    #[comptime] choice: Choice,
+) -> Vector<u32, Const<4>> {
+    // Per lane: a route, and whether every logit is a number (x = x holds for numbers alone).
+    let mut best = logits[0];
+    let mut route = Vector::<u32, Const<4>>::new(0u32);
+    let mut valid = best.equal(&best);
+    match choice {
+        Choice::Gate { inclusive } => {
+            let z = logits[0];
+            let cut = Vector::<f32, Const<4>>::new(cut);
+            let mut far = z.greater_than(&cut);
+            if comptime![inclusive] {
+                far = z.greater_equal(&cut);
+            }
+            route = select_many(far, Vector::new(1u32), Vector::new(0u32));
+            let one = Vector::<f32, Const<4>>::new(1.0f32);
+            logits[0] = one / (one + (-z).exp());
+        }
+        Choice::Softmax { .. } => {
+            for k in 1..comptime![choice.logits()] {
+                let z = logits[k];
+                let better = z.greater_than(&best);
+                valid = valid.vec_and(z.equal(&z));
+                best = select_many(better, z, best);
+                route = select_many(better, Vector::new(k as u32), route);
+            }
+            let mut sum = Vector::<f32, Const<4>>::new(0.0f32);
+            for k in 0..comptime![choice.logits()] {
+                let p = (logits[k] - best).exp();
+                logits[k] = p;
+                sum += p;
+            }
+            for k in 0..comptime![choice.logits()] {
+                logits[k] /= sum;
+            }
+        }
+    }
+    select_many(valid, route, Vector::new(comptime![INVALID_ROUTE as u32]))
 }
 
 /// One unit: four tokens (the lanes) of one router head.
@@ -366,42 +443,7 @@ fn linear_kernel<E: Float, W: Float>(
         logits[k] = sum / Vector::new(temperature);
     }
 
-    // Per lane: a route, and whether every logit is a number (x = x holds for numbers alone).
-    let mut best = logits[0];
-    let mut route = Vector::<u32, Const<4>>::new(0u32);
-    let mut valid = best.equal(&best);
-    match choice {
-        Choice::Gate { inclusive } => {
-            let z = logits[0];
-            let cut = Vector::<f32, Const<4>>::new(cut);
-            let mut far = z.greater_than(&cut);
-            if comptime![inclusive] {
-                far = z.greater_equal(&cut);
-            }
-            route = select_many(far, Vector::new(1u32), Vector::new(0u32));
-            let one = Vector::<f32, Const<4>>::new(1.0f32);
-            logits[0] = one / (one + (-z).exp());
-        }
-        Choice::Softmax { .. } => {
-            for k in 1..count {
-                let z = logits[k];
-                let better = z.greater_than(&best);
-                valid = valid.vec_and(z.equal(&z));
-                best = select_many(better, z, best);
-                route = select_many(better, Vector::new(k as u32), route);
-            }
-            let mut sum = Vector::<f32, Const<4>>::new(0.0f32);
-            for k in 0..count {
-                let p = (logits[k] - best).exp();
-                logits[k] = p;
-                sum += p;
-            }
-            for k in 0..count {
-                logits[k] /= sum;
-            }
-        }
-    }
-    route = select_many(valid, route, Vector::new(comptime![INVALID_ROUTE as u32]));
+    let route = decide(&mut logits, cut, choice);
 
     let reaches = comptime![choice.logits().max(2) as u32];
     let mut word = 0u32;

@@ -9,7 +9,7 @@ use bifocal_core::{DeviceProfile, device::Tensor};
 use cubecl::prelude::*;
 
 /// Tokens per plane.
-const TOKENS: usize = 4;
+pub(crate) const TOKENS: usize = 4;
 /// Columns of the weight per plane, at most.
 const COLUMNS: usize = 16;
 /// Dims per unit whose hidden states are asked for at once.
@@ -36,7 +36,7 @@ pub(crate) struct Blueprint {
     /// Columns of the weight that one load takes.
     pub(crate) width: usize,
     /// Columns per plane, a power of two.
-    columns: usize,
+    pub(crate) columns: usize,
 }
 
 impl Blueprint {
@@ -91,53 +91,54 @@ fn add<E: Float, W: Float, NW: Size>(
     }
 }
 
-#[cube(launch_unchecked)]
-pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
-    hidden: &[E],
-    weight: &[Vector<W, NW>],
-    logits: &mut [f32],
-    shape: Projection,
-    #[comptime] blueprint: Blueprint,
-    #[define(E, W)] _elements: [ElemType; 2],
-    #[define(NW)] _width: usize,
-) {
-    let columns = comptime![blueprint.columns];
-    let lane = UNIT_POS % PLANE;
-    let first = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
-    let column = CUBE_POS_Y * comptime![columns as u32];
-    let batch = CUBE_POS_Z;
-    // The same for a whole plane.
-    if first >= shape.tokens {
-        terminate!();
-    }
+/// Where the hidden states of four tokens from `first` on begin; beyond the last it is the last again.
+#[cube]
+pub(crate) fn offsets_of(batch: u32, first: u32, shape: &Projection) -> Array<u32> {
     let mut offsets = Array::<u32>::new(TOKENS);
     #[unroll]
     for t in 0..TOKENS {
         let token = min(first + comptime![t as u32], shape.tokens - 1u32);
         offsets[t] = batch * shape.hidden_batch + token * shape.hidden_token;
     }
-    let mut sums = Array::<f32>::new(comptime![TOKENS * columns]);
+    offsets
+}
+
+/// What a unit has of the products of four tokens, by column and then by token: its dims are `from` and every `step`-th
+/// after it.
+#[cube]
+pub(crate) fn products<E: Float, W: Float, NW: Size>(
+    hidden: &[E],
+    weight: &[Vector<W, NW>],
+    offsets: &Array<u32>,
+    column: u32,
+    from: u32,
+    #[comptime] step: u32,
+    shape: &Projection,
+    #[comptime] blueprint: Blueprint,
+) -> Array<f32> {
+    let count = comptime![TOKENS * blueprint.columns];
+    let mut sums = Array::<f32>::new(count);
     #[unroll]
-    for i in 0..comptime![TOKENS * columns] {
+    for i in 0..count {
         sums[i] = 0.0f32;
     }
     // Hidden states of several turns are asked for at once, so that memory has enough to do.
-    let mut d = lane;
-    while d - lane + comptime![AHEAD as u32 * PLANE] <= shape.model_dim {
+    let mut d = from;
+    while d + comptime![(AHEAD as u32 - 1) * step] < shape.model_dim {
         let mut x = Array::<E>::new(comptime![AHEAD * TOKENS]);
         #[unroll]
         for turn in 0..AHEAD {
             #[unroll]
             for t in 0..TOKENS {
-                x[turn * TOKENS + t] = hidden[(offsets[t] + d + comptime![turn as u32 * PLANE]) as usize];
+                x[turn * TOKENS + t] = hidden[(offsets[t] + d + comptime![turn as u32 * step]) as usize];
             }
         }
         #[unroll]
         for turn in 0..AHEAD {
-            let row = (d + comptime![turn as u32 * PLANE]) * shape.weight_row;
+            let row = (d + comptime![turn as u32 * step]) * shape.weight_row;
             add::<E, W, NW>(&mut sums, &x, turn * TOKENS, weight, row, column, shape.columns, blueprint);
         }
-        d += comptime![AHEAD as u32 * PLANE];
+        d += comptime![AHEAD as u32 * step];
     }
     while d < shape.model_dim {
         let mut x = Array::<E>::new(TOKENS);
@@ -147,12 +148,17 @@ pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
         }
         let row = d * shape.weight_row;
         add::<E, W, NW>(&mut sums, &x, 0usize, weight, row, column, shape.columns, blueprint);
-        d += PLANE;
+        d += step;
     }
+    sums
+}
 
-    // Sums over the plane: in each step a unit hands one half of what it holds to its partner for the other half, until
-    // every unit holds its share, and from then on the whole of the one sum that it holds.
-    let count = comptime![TOKENS * columns];
+/// Sums over the plane: in each step a unit hands one half of what it holds to its partner for the other half, until every
+/// unit holds its share, and from then on the whole of the one sum that it holds.
+#[cube]
+pub(crate) fn sum_over_plane(sums: &mut Array<f32>, #[comptime] blueprint: Blueprint) {
+    let count = comptime![TOKENS * blueprint.columns];
+    let lane = UNIT_POS % PLANE;
     #[unroll]
     for step in 0..5usize {
         let mask = comptime![16u32 >> step];
@@ -169,14 +175,47 @@ pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
             sums[0] += plane_shuffle_xor(sums[0], mask);
         }
     }
+}
+
+/// Which sum a unit's `i`-th is, once they are summed.
+#[cube]
+pub(crate) fn sum_held(#[comptime] i: usize, #[comptime] blueprint: Blueprint) -> u32 {
+    UNIT_POS % PLANE * comptime![(TOKENS * blueprint.columns) as u32] / PLANE + comptime![i as u32]
+}
+
+/// Whether a unit is the one that writes its sums: where there are fewer than units, several hold the same.
+#[cube]
+pub(crate) fn writes(#[comptime] blueprint: Blueprint) -> bool {
+    UNIT_POS % PLANE % comptime![(32 / (TOKENS * blueprint.columns)).max(1) as u32] == 0u32
+}
+
+#[cube(launch_unchecked)]
+pub(crate) fn project_kernel<E: Float, W: Float, NW: Size>(
+    hidden: &[E],
+    weight: &[Vector<W, NW>],
+    logits: &mut [f32],
+    shape: Projection,
+    #[comptime] blueprint: Blueprint,
+    #[define(E, W)] _elements: [ElemType; 2],
+    #[define(NW)] _width: usize,
+) {
+    let first = (CUBE_POS_X * PLANES + UNIT_POS / PLANE) * comptime![TOKENS as u32];
+    let column = CUBE_POS_Y * comptime![blueprint.columns as u32];
+    let batch = CUBE_POS_Z;
+    // The same for a whole plane.
+    if first >= shape.tokens {
+        terminate!();
+    }
+    let offsets = offsets_of(batch, first, &shape);
+    let lane = UNIT_POS % PLANE;
+    let mut sums = products::<E, W, NW>(hidden, weight, &offsets, column, lane, PLANE, &shape, blueprint);
+    sum_over_plane(&mut sums, blueprint);
     #[unroll]
-    for i in 0..comptime![count.div_ceil(32)] {
-        let index = lane * comptime![count as u32] / PLANE + comptime![i as u32];
+    for i in 0..comptime![(TOKENS * blueprint.columns).div_ceil(32)] {
+        let index = sum_held(i, blueprint);
         let at = column + index / comptime![TOKENS as u32];
         let token = first + index % comptime![TOKENS as u32];
-        // Where there are fewer sums than units, several hold the same.
-        let holds = lane % comptime![(32 / count).max(1) as u32] == 0u32;
-        if holds && at < shape.columns && token < shape.tokens {
+        if writes(blueprint) && at < shape.columns && token < shape.tokens {
             logits[((batch * shape.columns + at) * shape.tokens + token) as usize] = sums[i];
         }
     }
