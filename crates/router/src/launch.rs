@@ -1,5 +1,8 @@
 //! What kernels of this crate share: their grid, their counters and strides.
 
+// In a kernel `%` is one instruction.
+#![allow(clippy::manual_is_multiple_of)]
+
 use bifocal_core::{
     DeviceProfile, Error, Refusal, Refusals, Result, Routine,
     device::{
@@ -68,5 +71,39 @@ pub(crate) fn outputs(client: &Client, geometry: RouteGeometry) -> Result<(Route
 fn clear_kernel(counters: &mut [u32], count: u32) {
     if ABSOLUTE_POS < count as usize {
         counters[ABSOLUTE_POS] = 0u32;
+    }
+}
+
+/// Counts the routes of four tokens of a row, from `first` on: there is one counter per reach, and one for the routes that name
+/// none. On `planes` units count together, so that all of a plane have to be here, whether `live` or not.
+#[cube]
+pub(crate) fn count_routes(
+    counts: &[Atomic<u32>],
+    route: Vector<u32, Const<4>>,
+    row: u32,
+    first: u32,
+    tokens: u32,
+    live: bool,
+    #[comptime] reaches: u32,
+    #[comptime] planes: bool,
+) {
+    for reach in 0..reaches + 1u32 {
+        let mut here = 0u32;
+        #[unroll]
+        for lane in 0..4usize {
+            let counted = live && first + comptime![lane as u32] < tokens;
+            here += select(counted && min(route.extract(lane), reaches) == reach, 1u32, 0u32);
+        }
+        let mut adds = here > 0u32;
+        if comptime![planes] {
+            // A plane of one row, as nearly all are, adds once.
+            if plane_all(row == plane_broadcast(row, 0u32)) {
+                here = plane_sum(here);
+                adds = here > 0u32 && UNIT_POS % DeviceProfile::PLANE == 0u32;
+            }
+        }
+        if adds {
+            counts[(row * (reaches + 1u32) + reach) as usize].fetch_add(here);
+        }
     }
 }

@@ -8,7 +8,7 @@ use bifocal_core::{
 use cubecl::{client::Client, prelude::*};
 
 use crate::{
-    launch::{outputs, over_quads},
+    launch::{count_routes, outputs, over_quads},
     project::{self, ProjectionLaunch, project_kernel},
     project_mma, step,
 };
@@ -465,24 +465,5 @@ fn linear_kernel<E: Float, W: Float>(
     if live {
         routes[position as usize] = word;
     }
-    // One counter per reach, and one for the routes that name none.
-    for reach in 0..reaches + 1u32 {
-        let mut here = 0u32;
-        #[unroll]
-        for lane in 0..4usize {
-            let counted = live && first + comptime![lane as u32] < shape.tokens;
-            here += select(counted && min(route.extract(lane), reaches) == reach, 1u32, 0u32);
-        }
-        let mut adds = here > 0u32;
-        if comptime![projected] {
-            // A plane of one router head, as nearly all are, adds once.
-            if plane_all(row == plane_broadcast(row, 0u32)) {
-                here = plane_sum(here);
-                adds = here > 0u32 && UNIT_POS % DeviceProfile::PLANE == 0u32;
-            }
-        }
-        if adds {
-            counts[(row * (reaches + 1u32) + reach) as usize].fetch_add(here);
-        }
-    }
+    count_routes(counts, route, row, first, shape.tokens, live, reaches, projected);
 }

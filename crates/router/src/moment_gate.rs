@@ -290,7 +290,8 @@ impl MomentGate {
         mass.check("the predicted mass", client, [batch, heads, 1, query_len], Element::F32)?;
         mass.check_contiguous("the predicted mass")?;
         let geometry = RouteGeometry::new(batch, heads, query_len, 2)?;
-        let (cubes, units) = over_quads(client, &DeviceProfile::of(client), "moment gate", geometry)?;
+        let profile = DeviceProfile::of(client);
+        let (cubes, units) = over_quads(client, &profile, "moment gate", geometry)?;
         let (routes, counts) = outputs(client, geometry)?;
         // Of a tau of 1 it is -inf: any mass at all is too much.
         let cut = (1.0 / f64::from(self.tau) - 1.0).ln() as f32;
@@ -307,6 +308,7 @@ impl MomentGate {
                 (batch * heads) as u32,
                 query_len as u32,
                 cut,
+                profile.has_planes(),
             );
         }
         Ok(Decision { scores: Some(predicted), routes, counts })

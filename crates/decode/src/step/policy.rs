@@ -6,7 +6,7 @@ use super::{DecodeRoutine, mma, pieces::Cut, planes};
 pub(super) const START: usize = 32;
 
 /// Costs that fall to a worker at least: with less it would be waiting for its first keys most of the time.
-pub(super) const LEAST: usize = 64;
+pub(super) const LEAST: usize = 32;
 
 /// Rows of a kv head that one tile of the portable routine has at most.
 const PORTABLE_ROWS: usize = 16;

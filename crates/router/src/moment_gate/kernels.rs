@@ -7,7 +7,7 @@ use bifocal_core::device::{INVALID_ROUTE, SPAN};
 use cubecl::prelude::*;
 
 use crate::{
-    launch::{Strides, offset},
+    launch::{Strides, count_routes, offset},
     moments::Covariance,
 };
 
@@ -398,13 +398,21 @@ pub(super) fn decide_kernel(
     rows: u32,
     tokens: u32,
     cut: f32,
+    #[comptime] planes: bool,
 ) {
     let quads = tokens.div_ceil(4u32);
-    if ABSOLUTE_POS >= (rows * quads) as usize {
-        terminate!();
+    let mut live = true;
+    if comptime![planes] {
+        // Planes count together, so their units stay together.
+        live = ABSOLUTE_POS < (rows * quads) as usize;
+    } else {
+        if ABSOLUTE_POS >= (rows * quads) as usize {
+            terminate!();
+        }
     }
-    let row = ABSOLUTE_POS as u32 / quads;
-    let first = (ABSOLUTE_POS as u32 % quads) * 4u32;
+    let position = min(ABSOLUTE_POS as u32, rows * quads - 1u32);
+    let row = position / quads;
+    let first = (position % quads) * 4u32;
     let mut bulk = Vector::<f32, Const<4>>::new(0.0f32);
     let mut local = Vector::<f32, Const<4>>::new(0.0f32);
     #[unroll]
@@ -425,17 +433,8 @@ pub(super) fn decide_kernel(
         let byte = select(inside, route.extract(lane), comptime![INVALID_ROUTE as u32]);
         word |= byte << comptime![lane as u32 * 8];
     }
-    routes[ABSOLUTE_POS] = word;
-    // Near, far, and routes that name neither.
-    for column in 0..3u32 {
-        let mut here = 0u32;
-        #[unroll]
-        for lane in 0..4usize {
-            let counted = first + comptime![lane as u32] < tokens;
-            here += select(counted && min(route.extract(lane), 2u32) == column, 1u32, 0u32);
-        }
-        if here > 0u32 {
-            counts[(row * 3u32 + column) as usize].fetch_add(here);
-        }
+    if live {
+        routes[position as usize] = word;
     }
+    count_routes(counts, route, row, first, tokens, live, 2u32, planes);
 }
