@@ -97,7 +97,7 @@ pub fn load_matrices(row: u32) -> Vector<u32, Const<4>> {
     four
 }
 
-/// [`load_matrices`], each transposed.
+/// [`load_matrices()`], each transposed.
 #[cube]
 pub fn load_transposed(row: u32) -> Vector<u32, Const<4>> {
     let four: Vector<u32, Const<4>>;
