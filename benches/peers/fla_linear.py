@@ -19,7 +19,7 @@ import sys
 
 import torch
 
-from torch_cuda import ROTATION_BYTES, measure, memory_of
+from torch_cuda import ROTATION_BYTES, differentiated, measure, memory_of
 
 CASES = ["fla_linear"]
 
@@ -32,17 +32,6 @@ def call(query, key, value):
     from fla.ops.linear_attn import chunk_linear_attn
 
     return chunk_linear_attn(query, key, value, scale=1.0, normalize=False)[0]
-
-
-def differentiated(d_out):
-    """The call, and the gradients of its inputs."""
-
-    def both(query, key, value):
-        out = call(query, key, value)
-        torch.autograd.grad(out, (query, key, value), d_out)
-        return out.detach()
-
-    return both
 
 
 def error_of(out, query, key, value):
@@ -111,7 +100,6 @@ def main():
 
 
 def time_at(args, length):
-    shape = (args.batch, length, args.heads, args.head_dim)
     size = 2 * args.batch * length * args.heads * 5 * args.head_dim
     turns = max(1, min(16, -(-ROTATION_BYTES // size)))
 
@@ -124,7 +112,7 @@ def time_at(args, length):
         return [x.requires_grad_(args.backward) for x in drawn]
 
     sets = [inputs() for _ in range(turns)]
-    run = differentiated(torch.randn(shape, device="cuda", dtype=torch.bfloat16)) if args.backward else call
+    run = differentiated(call, torch.randn_like(sets[0][2])) if args.backward else call
     first, times = measure(run, sets, args.runs)
     memory = memory_of(run, sets[0])
     error = error_of(run(*sets[0]), *[x.detach() for x in sets[0]])
