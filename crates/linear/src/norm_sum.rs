@@ -10,7 +10,7 @@ use bifocal_core::{
         launch::{elements, grid},
     },
 };
-use cubecl::{client::Client, prelude::*};
+use cubecl::{client::Client, prelude::*, server::Handle};
 
 use crate::{
     attention::{check_out, float_or},
@@ -63,8 +63,8 @@ pub fn norm_sum(client: &Client, problem: &Problem, inputs: &NormSum<'_>, out: &
     inputs.check(client, problem)?;
     check_out(client, problem, problem.out_shape(), out)?;
     let NormSum { near, far, near_scale, far_scale, epsilon } = *inputs;
-    let lanes = lanes(client);
-    let width = width(problem, &[near, far, out.view()]);
+    let lanes = lanes(client, problem);
+    let width = width(problem, &[near, far, out.view()], &[near_scale, far_scale]);
     let (cubes, units) = grid(client, rows(problem) * lanes as usize);
     // SAFETY: all views were checked against the problem; each unit checks its row.
     unsafe {
@@ -145,7 +145,7 @@ fn side_backward(
     let numbers = heads * value_dim;
     // SAFETY: all views were checked against the problem; each unit checks its work.
     unsafe {
-        let (lanes, width) = (lanes(client), width(problem, &[branch, d_out]));
+        let (lanes, width) = (lanes(client, problem), width(problem, &[branch, d_out], &[scale]));
         let (cubes, units) = grid(client, rows(problem) * lanes as usize);
         branch_kernel::launch_unchecked(
             client,
@@ -195,18 +195,22 @@ fn side_backward(
     (d_branch, d_scale)
 }
 
-/// Units that share a row.
-fn lanes(client: &Client) -> u32 {
-    if DeviceProfile::of(client).has_planes() { DeviceProfile::PLANE } else { 1 }
+/// Units that share a row. There have to be numbers for all units.
+fn lanes(client: &Client, problem: &Problem) -> u32 {
+    let numbered = rows(problem) <= (u32::MAX / DeviceProfile::PLANE) as usize;
+    if DeviceProfile::of(client).has_planes() && numbered { DeviceProfile::PLANE } else { 1 }
 }
 
-/// Numbers of a row that one load takes, from all of these and from the scales.
-fn width(problem: &Problem, views: &[TensorView<'_, 4>]) -> usize {
+/// Numbers of a row that one load takes, from all of these.
+fn width(problem: &Problem, views: &[TensorView<'_, 4>], scales: &[TensorView<'_, 2>]) -> usize {
+    let starts = |handle: &Handle, element: Element, width: usize| {
+        handle.offset_start.unwrap_or(0).is_multiple_of((width * element.size()) as u64)
+    };
     let fits = |width: usize| {
         problem.value_dim.is_multiple_of(width)
+            && scales.iter().all(|scale| starts(scale.handle(), Element::F32, width))
             && views.iter().all(|view| {
-                let start = view.handle().offset_start.unwrap_or(0);
-                start.is_multiple_of((width * view.element().size()) as u64)
+                starts(view.handle(), view.element(), width)
                     && view.strides()[..3].iter().all(|stride| stride.is_multiple_of(width))
             })
     };
@@ -251,6 +255,7 @@ fn sum_of_row<N: Size>(parts: Vector<f32, N>, #[comptime] lanes: u32, #[comptime
         sum += parts.extract(i);
     }
     if comptime![lanes > 1] {
+        sync_plane();
         sum = plane_sum(sum);
     }
     sum

@@ -96,6 +96,7 @@ pub(crate) fn count_routes(
         }
         let mut adds = here > 0u32;
         if comptime![planes] {
+            sync_plane();
             // A plane of one row, as nearly all are, adds once.
             if plane_all(row == plane_broadcast(row, 0u32)) {
                 here = plane_sum(here);

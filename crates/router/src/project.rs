@@ -159,6 +159,7 @@ pub(crate) fn products<E: Float, W: Float, NW: Size>(
 pub(crate) fn sum_over_plane(sums: &mut Array<f32>, #[comptime] blueprint: Blueprint) {
     let count = comptime![TOKENS * blueprint.columns];
     let lane = UNIT_POS % PLANE;
+    sync_plane();
     #[unroll]
     for step in 0..5usize {
         let mask = comptime![16u32 >> step];

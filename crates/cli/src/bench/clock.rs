@@ -51,7 +51,7 @@ pub(super) fn replays<T: Sync>(
     let graphs = match turns.iter().map(graph).collect::<bifocal::Result<Vec<_>>>() {
         Ok(graphs) => graphs,
         Err(reason) => {
-            tracing::info!("not replayed: {reason}");
+            tracing::warn!("not replayed: {reason}");
             return Ok(None);
         }
     };

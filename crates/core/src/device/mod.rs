@@ -19,6 +19,8 @@ pub use sequences::Sequences;
 pub use summary::{SPAN, Summaries, Summary};
 pub use tensor::{Tensor, TensorView};
 
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+
 use cubecl::{
     client::{Client, Graph},
     server::ServerError,
@@ -80,12 +82,14 @@ pub fn capture<T: Send + 'static>(
     let failed = |error: ServerError| Error::Runtime(error.to_string());
     let recorded = client.exclusive(move || -> Result<(Graph, T)> {
         client.graph_prepare().map_err(failed)?;
-        let warmed = call().map(drop);
-        let opened = warmed.and_then(|()| client.start_capture().map_err(failed));
-        let called = opened.and_then(|()| call());
+        let called = catch_unwind(AssertUnwindSafe(|| {
+            call()?;
+            client.start_capture().map_err(failed)?;
+            call()
+        }));
         // Whatever went wrong, nothing is recorded from here on.
         let graph = client.stop_capture().map_err(failed);
-        let made = called?;
+        let made = called.unwrap_or_else(|panic| resume_unwind(panic))?;
         Ok((graph?, made))
     });
     recorded.map_err(failed)?

@@ -206,6 +206,7 @@ pub(super) fn merge_on_planes_kernel<O: Float>(
         }
         number += units;
     }
+    sync_plane();
     let of_plane = plane_max(maximum);
     if lane == 0u32 {
         maxima[plane as usize] = of_plane;

@@ -132,7 +132,8 @@ impl<'a> Step<'a> {
     }
 }
 
-/// Room for the decode steps of one batch: what each kv head needs, and what each chunk of keys gives.
+/// Room for the decode steps of one batch, one at a time: what each kv head needs, and what each chunk of keys gives. Clones
+/// share the room.
 ///
 /// A step takes three launches and no read-back. The first finds for every tile of rows (up to so many of one kv head)
 /// the union of what its rows see, by lengths and routes as they are on the device then. The second deals those keys to workers
@@ -188,9 +189,10 @@ impl DecodePlan {
         let limit = u128::from(u32::MAX);
         let cost = policy.lists as u128
             * (problem.key_len as u128 + policy.max_chunks as u128 * policy::START as u128);
-        for (what, size) in [
-            ("elements in the room of a step", rows * problem.value_dim.max(2) as u128),
-            ("keys in a step", 2 * cost),
+        for (what, size, limit) in [
+            ("elements in the room of a step", rows * problem.value_dim.max(2) as u128, limit),
+            // Costs are added up, and up to a worker's share beyond their sum.
+            ("keys in a step over full caches", cost, limit / 2),
         ] {
             if size > limit {
                 return Err(Error::TooLarge { what, size, limit });

@@ -108,6 +108,7 @@ pub(super) fn plan_and_add_kernel(
         if list < numbers.lists {
             cost = plan_list(list, tables, slots, routes, rules, needs, &places, &numbers, routed);
         }
+        sync_plane();
         let up_to = plane_inclusive_sum(cost);
         if lane == comptime![PLANE - 1] {
             of_planes[plane as usize] = up_to;

@@ -167,28 +167,28 @@ pub(super) fn decode_never_sees_what_it_should_not(device: &Device, effort: Effo
     let strategy = (step_cases(device), any::<prop::sample::Index>(), any::<bool>());
     refute(effort, strategy, |(step, at, in_key)| {
         let (case, layout) = (&step.case, run(step.layout())?);
-        let tokens: Vec<Tokens> = step
-            .lengths
-            .iter()
-            .map(|&length| {
-                let mut tokens = Tokens::draw(case, length, case.seed);
-                let at = at.index(length);
-                let array = if in_key { &mut tokens.key } else { &mut tokens.value };
-                for head in 0..case.kv_heads {
-                    array.row_mut([head, at]).fill(f32::NAN);
-                }
-                tokens
-            })
-            .collect();
+        let clean: Vec<Tokens> =
+            step.lengths.iter().map(|&length| Tokens::draw(case, length, case.seed)).collect();
+        let mut tokens = clean.clone();
+        for (tokens, &length) in tokens.iter_mut().zip(&step.lengths) {
+            let array = if in_key { &mut tokens.key } else { &mut tokens.value };
+            for head in 0..case.kv_heads {
+                array.row_mut([head, at.index(length)]).fill(f32::NAN);
+            }
+        }
         let data = Data::new(&Case { key_len: 1, ..case.clone() });
+        let clean = run(Scene::with_tokens(client, &step, layout, clean, data.clone()))?;
         let scene = run(Scene::with_tokens(client, &step, layout, tokens, data))?;
         let plan = run(plan_of(client, &step, layout, case.batch))?;
         let mut routes = routes_of(&step, 0);
         let spoilt = at.index(routes.routes.len());
         routes.routes[spoilt] = INVALID_ROUTE;
         let uploaded = run(routes.upload_unchecked(client))?;
-        let read = run(scene.attend(client, &step, &plan, step.routed().then_some(&uploaded)))?;
+        let given = step.routed().then_some(&uploaded);
+        let read = run(scene.attend(client, &step, &plan, given))?;
+        let untouched = run(clean.attend(client, &step, &plan, given))?;
         let expected = scene.expected(&step, reach_by(&step, &routes));
+        let differs = |x: f64, y: f32, without: f32| !x.is_nan() && y.to_bits() != without.to_bits();
         for (at, (&x, &y)) in expected.exact.out.as_slice().iter().zip(&read.out).enumerate() {
             let row = at / case.value_dim;
             let (b, h, t) = (
@@ -199,6 +199,14 @@ pub(super) fn decode_never_sees_what_it_should_not(device: &Device, effort: Effo
             let invalid = step.routed() && routes.at(case.heads(), b, h, t) == INVALID_ROUTE;
             if (x.is_nan() || invalid) != y.is_nan() {
                 return Err(format!("output {at} is {y}, expected {x}, invalid: {invalid}"));
+            }
+            if !invalid && differs(x, y, untouched.out[at]) {
+                return Err(format!("output {at} is {y}, and {} without the NaN", untouched.out[at]));
+            }
+        }
+        for (at, (&x, &y)) in expected.exact.lse.as_slice().iter().zip(&read.lse).enumerate() {
+            if !y.is_nan() && differs(x, y, untouched.lse[at]) {
+                return Err(format!("log-sum-exp {at} is {y}, and {} without the NaN", untouched.lse[at]));
             }
         }
         Ok(())

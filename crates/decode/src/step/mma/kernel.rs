@@ -338,12 +338,12 @@ fn add_row_by_row(
                 let b = select(seen[1], keys.value[first + 1].extract(word), 0u32);
                 let c = select(seen[2], keys.value[first + 2].extract(word), 0u32);
                 let d = select(seen[3], keys.value[first + 3].extract(word), 0u32);
-                let zero = Vector::<f32, Const<4>>::new(0.0f32);
                 let low = interleave(a, b, odd);
                 let high = interleave(c, d, odd);
-                let of_row = product(zero, weights[0], weights[1], weights[2], weights[3], low, high, kind);
                 let at = comptime![block * 8 + i];
                 let before = tile.out[at];
+                // As the product of all rows rounds, so that the bits of rows that do not see it stay what they are without it.
+                let of_row = product(before, weights[0], weights[1], weights[2], weights[3], low, high, kind);
                 let upper = lane.group == in_tile;
                 let lower = lane.group + 8u32 == in_tile;
                 let mut after = before;
@@ -353,7 +353,7 @@ fn add_row_by_row(
                     if comptime![x >= 2] {
                         own = lower;
                     }
-                    after.insert(x, select(own, before.extract(x) + of_row.extract(x), before.extract(x)));
+                    after.insert(x, select(own, of_row.extract(x), before.extract(x)));
                 }
                 tile.out[at] = after;
             }

@@ -132,6 +132,11 @@ fn products_of<E: Float, N: Size>(
             for i in 0..width {
                 sum = fma(tile.query[row * width + i], k.extract(i), sum);
             }
+            // A lane beyond the last vector has queries of 0, which times infinity is no 0.
+            if comptime![blueprint.head_dim / blueprint.width < blueprint.lanes] {
+                let vectors = comptime![(blueprint.head_dim / blueprint.width) as u32];
+                sum = select(part < vectors, sum, 0.0f32);
+            }
             products[row * loads + load] = sum;
         }
     }
