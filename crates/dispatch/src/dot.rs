@@ -7,7 +7,7 @@ use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Result,
     device::{
         RouteGeometry, Tensor, TensorView,
-        launch::{elements, grid},
+        launch::{elements, grid, steps, width},
     },
 };
 use cubecl::{client::Client, prelude::*};
@@ -146,17 +146,7 @@ struct Blueprint {
 
 impl Blueprint {
     fn new(client: &Client, problem: &Problem, a: TensorView<'_, 4>, b: TensorView<'_, 4>) -> Self {
-        // A load starts at any multiple of these.
-        let steps = [a, b].into_iter().flat_map(|view| {
-            let start = view.handle().offset_start.unwrap_or(0) as usize / view.element().size();
-            let [batch, head, token, _] = view.strides();
-            [start, batch, head, token]
-        });
-        let steps: Vec<usize> = steps.chain([problem.value_dim]).collect();
-        let mut width = 4;
-        while steps.iter().any(|step| step % width != 0) {
-            width /= 2;
-        }
+        let width = width(4, [a, b].into_iter().flat_map(steps).chain([problem.value_dim]));
         // Where units run in planes, neighbours read neighbours.
         let rows = problem.batch * problem.heads * problem.query_len;
         let mut units = if DeviceProfile::of(client).has_planes() { 16 } else { 1 };

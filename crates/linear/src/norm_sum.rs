@@ -7,10 +7,10 @@ use bifocal_core::{
     DeviceProfile, Element, Error, Problem, Result,
     device::{
         Tensor, TensorView,
-        launch::{elements, grid},
+        launch::{elements, grid, steps, width},
     },
 };
-use cubecl::{client::Client, prelude::*, server::Handle};
+use cubecl::{client::Client, prelude::*};
 
 use crate::{
     attention::{check_out, float_or},
@@ -64,7 +64,7 @@ pub fn norm_sum(client: &Client, problem: &Problem, inputs: &NormSum<'_>, out: &
     check_out(client, problem, problem.out_shape(), out)?;
     let NormSum { near, far, near_scale, far_scale, epsilon } = *inputs;
     let lanes = lanes(client, problem);
-    let width = width(problem, &[near, far, out.view()], &[near_scale, far_scale]);
+    let width = width_of(problem, &[near, far, out.view()], &[near_scale, far_scale]);
     let (cubes, units) = grid(client, rows(problem) * lanes as usize);
     // SAFETY: all views were checked against the problem; each unit checks its row.
     unsafe {
@@ -145,7 +145,7 @@ fn side_backward(
     let numbers = heads * value_dim;
     // SAFETY: all views were checked against the problem; each unit checks its work.
     unsafe {
-        let (lanes, width) = (lanes(client, problem), width(problem, &[branch, d_out], &[scale]));
+        let (lanes, width) = (lanes(client, problem), width_of(problem, &[branch, d_out], &[scale]));
         let (cubes, units) = grid(client, rows(problem) * lanes as usize);
         branch_kernel::launch_unchecked(
             client,
@@ -202,19 +202,10 @@ fn lanes(client: &Client, problem: &Problem) -> u32 {
 }
 
 /// Numbers of a row that one load takes, from all of these.
-fn width(problem: &Problem, views: &[TensorView<'_, 4>], scales: &[TensorView<'_, 2>]) -> usize {
-    let starts = |handle: &Handle, element: Element, width: usize| {
-        handle.offset_start.unwrap_or(0).is_multiple_of((width * element.size()) as u64)
-    };
-    let fits = |width: usize| {
-        problem.value_dim.is_multiple_of(width)
-            && scales.iter().all(|scale| starts(scale.handle(), Element::F32, width))
-            && views.iter().all(|view| {
-                starts(view.handle(), view.element(), width)
-                    && view.strides()[..3].iter().all(|stride| stride.is_multiple_of(width))
-            })
-    };
-    [4, 2].into_iter().find(|&width| fits(width)).unwrap_or(1)
+fn width_of(problem: &Problem, views: &[TensorView<'_, 4>], scales: &[TensorView<'_, 2>]) -> usize {
+    let of_scales = scales.iter().copied().flat_map(steps);
+    let of_views = views.iter().copied().flat_map(steps);
+    width(4, of_views.chain(of_scales).chain([problem.value_dim]))
 }
 
 fn rows(problem: &Problem) -> usize {

@@ -235,7 +235,7 @@ fn route(
     // On planes the product is a kernel of its own, and the scores' room holds the logits until they become scores.
     let projected = profile.has_planes() && batch <= 65_535;
     if projected {
-        project(client, &profile, hidden, weight, &scores, projection);
+        project(client, &profile, hidden, weight, &scores, projection, blueprint);
     }
     // SAFETY: spans were checked above; each unit checks its number against the quads there are.
     unsafe {
@@ -277,6 +277,7 @@ fn project(
     weight: &Tensor<2>,
     logits: &Tensor<4>,
     shape: ProjectionLaunch,
+    blueprint: project::Blueprint,
 ) {
     let [batch, tokens, _] = hidden.shape();
     let [_, columns] = weight.shape();
@@ -298,7 +299,6 @@ fn project(
         }
         return;
     }
-    let blueprint = project::Blueprint::new(weight);
     let (cubes, units) = blueprint.grid(batch, tokens, columns);
     // SAFETY: the caller has checked spans; each plane checks its tokens and columns.
     unsafe {

@@ -5,7 +5,13 @@
 // In a kernel `%` is one instruction, and `is_multiple_of` is not there.
 #![allow(clippy::manual_is_multiple_of)]
 
-use bifocal_core::{DeviceProfile, device::Tensor};
+use bifocal_core::{
+    DeviceProfile,
+    device::{
+        Tensor,
+        launch::{steps, width},
+    },
+};
 use cubecl::prelude::*;
 
 /// Tokens per plane.
@@ -42,14 +48,8 @@ pub(crate) struct Blueprint {
 impl Blueprint {
     pub(crate) fn new(weight: &Tensor<2>) -> Self {
         let columns = weight.shape()[1].next_power_of_two().min(COLUMNS);
-        let size = weight.element().size();
-        let start = weight.handle().offset_start.unwrap_or(0) as usize / size;
-        // A load starts at any multiple of these.
-        let steps = [start, weight.strides()[0], weight.shape()[1], columns];
-        let mut width = 16 / size;
-        while steps.iter().any(|step| step % width != 0) {
-            width /= 2;
-        }
+        let starts = steps(weight.view()).chain([weight.shape()[1], columns]);
+        let width = width(16 / weight.element().size(), starts);
         Self { width, columns }
     }
 

@@ -127,6 +127,35 @@ pub fn product(
     added
 }
 
+/// [`product()`] of what [`load_matrices()`] or [`load_transposed()`] gave: of `b` its first eight columns or its last.
+#[cube]
+pub fn product_of(
+    sums: Vector<f32, Const<4>>,
+    a: Vector<u32, Const<4>>,
+    b: Vector<u32, Const<4>>,
+    #[comptime] half: usize,
+    #[comptime] element: &'static str,
+) -> Vector<f32, Const<4>> {
+    product(
+        sums,
+        a.extract(0usize),
+        a.extract(1usize),
+        a.extract(2usize),
+        a.extract(3usize),
+        b.extract(comptime![2 * half]),
+        b.extract(comptime![2 * half + 1]),
+        element,
+    )
+}
+
+/// Whether one of a word's two numbers is not finite.
+#[cube]
+pub fn is_odd(word: u32, #[comptime] operand: Operand) -> bool {
+    let low = comptime![operand.exponent_bits()];
+    let high = comptime![operand.exponent_bits() << 16];
+    word & low == low || word & high == high
+}
+
 /// Both numbers of a word, the low one first.
 #[cube]
 pub fn unpack(word: u32, #[comptime] operand: Operand) -> Vector<f32, Const<2>> {

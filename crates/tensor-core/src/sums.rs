@@ -6,7 +6,7 @@ use cubecl::prelude::*;
 use crate::{
     Operand, PANEL, SWIZZLE, across, down,
     ptx::{
-        load_pair, load_shared_four, load_transposed, pack, product, store_pair, store_shared_word, unpack,
+        load_pair, load_shared_four, load_transposed, pack, product_of, store_pair, store_shared_word, unpack,
     },
     swizzled,
 };
@@ -101,16 +101,7 @@ impl Sums {
                     #[unroll]
                     for half in 0..2usize {
                         let at = comptime![row * columns + pair * 2 + half];
-                        self.blocks[at] = product(
-                            self.blocks[at],
-                            a.extract(0usize),
-                            a.extract(1usize),
-                            a.extract(2usize),
-                            a.extract(3usize),
-                            value.extract(comptime![2 * half]),
-                            value.extract(comptime![2 * half + 1]),
-                            element,
-                        );
+                        self.blocks[at] = product_of(self.blocks[at], a, value, half, element);
                     }
                 }
             }

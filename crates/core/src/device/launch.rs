@@ -20,6 +20,23 @@ pub fn grid(client: &Client, work: usize) -> (CubeCount, CubeDim) {
     (CubeCount::Static(cubes.div_ceil(rows) as u32, rows as u32, 1), CubeDim::new_1d(units))
 }
 
+/// Where loads of a view start: at any sum of multiples of these numbers of elements.
+pub fn steps<const RANK: usize>(view: TensorView<'_, RANK>) -> impl Iterator<Item = usize> {
+    let start = view.handle().offset_start.unwrap_or(0) as usize / view.element().size();
+    core::iter::once(start).chain(view.strides().into_iter().take(RANK - 1))
+}
+
+/// Numbers that one load takes, up to `most`, a power of two, where loads start as `steps` say.
+pub fn width(most: usize, steps: impl IntoIterator<Item = usize>) -> usize {
+    steps.into_iter().fold(most, |width, step| {
+        let mut fits = width;
+        while !step.is_multiple_of(fits) {
+            fits /= 2;
+        }
+        fits
+    })
+}
+
 /// A whole buffer as 32-bit words.
 pub fn words(handle: &Handle) -> BufferArg {
     // SAFETY: the length is the buffer's own.

@@ -7,7 +7,7 @@
 use bifocal_tensor_core::{
     Operand, PANEL, SWIZZLE, across, down,
     ptx::{
-        load_matrices, load_shared_word, load_transposed, pack, product, store_8, store_pair,
+        is_odd, load_matrices, load_shared_word, load_transposed, pack, product_of, store_8, store_pair,
         store_shared_word, unpack,
     },
     queries::Queries,
@@ -177,7 +177,7 @@ impl Rows {
                 );
                 #[unroll]
                 for i in 0..4usize {
-                    odd |= is_odd(value.extract(i), blueprint);
+                    odd |= select(is_odd(value.extract(i), comptime![blueprint.operand]), 1u32, 0u32);
                 }
             }
         }
@@ -339,25 +339,7 @@ fn multiply_pair(
         #[unroll]
         for half in 0..2usize {
             let at = comptime![block * columns + pair * 2 + half];
-            blocks[at] = product(
-                blocks[at],
-                a.extract(0usize),
-                a.extract(1usize),
-                a.extract(2usize),
-                a.extract(3usize),
-                right.extract(comptime![2 * half]),
-                right.extract(comptime![2 * half + 1]),
-                element,
-            );
+            blocks[at] = product_of(blocks[at], a, right, half, element);
         }
     }
-}
-
-/// Not 0 where one of a word's two numbers is not finite.
-#[cube]
-fn is_odd(word: u32, #[comptime] blueprint: Blueprint) -> u32 {
-    let bits = comptime![blueprint.operand.exponent_bits()];
-    let low = word & bits == bits;
-    let high = word & comptime![bits << 16] == comptime![bits << 16];
-    select(low || high, 1u32, 0u32)
 }

@@ -5,7 +5,9 @@
 // In a kernel `%` is one instruction; comptime conditions cannot be joined to others.
 #![allow(clippy::manual_is_multiple_of, clippy::collapsible_if)]
 
-use bifocal_tensor_core::ptx::{exp2_fast, global_address, interleave, load_16, pack, product, store_quad};
+use bifocal_tensor_core::ptx::{
+    exp2_fast, global_address, interleave, is_odd, load_16, pack, product, store_quad,
+};
 use cubecl::prelude::*;
 
 use super::{Blueprint, KEYS, PLANE, PLANES};
@@ -100,15 +102,12 @@ impl Keys {
 
     /// Whether a lane holds a value that is not finite.
     fn has_odd_value(&self, #[comptime] blueprint: Blueprint) -> bool {
-        let bits = comptime![blueprint.operand.exponent_bits()];
-        let high = comptime![bits << 16];
         let mut odd = false;
         #[unroll]
         for i in 0..comptime![blueprint.value_loads() * 4] {
             #[unroll]
             for word in 0..4usize {
-                let x = self.value[i].extract(word);
-                odd = odd || x & bits == bits || x & high == high;
+                odd = odd || is_odd(self.value[i].extract(word), comptime![blueprint.operand]);
             }
         }
         odd

@@ -10,7 +10,7 @@ use bifocal_tensor_core::{
     down,
     ptx::{
         copies_wait_all, global_address, load_16, load_matrices, load_shared_pair, load_shared_words,
-        load_transposed, pack, product, shared_address, store_shared_four, store_shared_word,
+        load_transposed, pack, product, product_of, shared_address, store_shared_four, store_shared_word,
         store_shared_words, unpack,
     },
     queries::Queries,
@@ -377,16 +377,7 @@ fn meet_sums(
                 let right = load_transposed(at + comptime![part * blueprint.sums().bytes()]);
                 #[unroll]
                 for eight in 0..2usize {
-                    across_matrix[eight] = product(
-                        across_matrix[eight],
-                        a.extract(0usize),
-                        a.extract(1usize),
-                        a.extract(2usize),
-                        a.extract(3usize),
-                        right.extract(comptime![2 * eight]),
-                        right.extract(comptime![2 * eight + 1]),
-                        element,
-                    );
+                    across_matrix[eight] = product_of(across_matrix[eight], a, right, eight, element);
                 }
             }
         }
@@ -526,16 +517,7 @@ pub(super) fn predict_kernel<E: Float>(
                 );
                 #[unroll]
                 for eight in 0..2usize {
-                    scores[eight] = product(
-                        scores[eight],
-                        a.extract(0usize),
-                        a.extract(1usize),
-                        a.extract(2usize),
-                        a.extract(3usize),
-                        right.extract(comptime![2 * eight]),
-                        right.extract(comptime![2 * eight + 1]),
-                        element,
-                    );
+                    scores[eight] = product_of(scores[eight], a, right, eight, element);
                 }
             }
             #[unroll]
